@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention under an AttentionMask."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from .._library import use_kernel
+from ..attention_mask import AttentionMask
+from ..checks import FLOATS, check_tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask | None = None,
+    *,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention under a mask, with GQA; a query that may attend to nothing gives zeros and zero gradients.
+
+    Args:
+        q: [B, H, Lq, D]; k, v: [B, Hkv, Lk, D] of one float dtype, H a multiple of Hkv; any strides.
+        mask: for (Lq, Lk), of 1 or B masks; None means full.
+        scale: of the scores; None means 1/sqrt(D).
+        key_padding: [B, Lk] bool, True for real keys.
+        return_lse: also return the logsumexp of the scores [B, H, Lq] (-inf where nothing is allowed; no gradient).
+        impl: "auto", "ext" or "reference".
+
+    Returns:
+        out [B, H, Lq, D] in q's dtype, or (out, lse). Under autocast q, k and v are cast to its dtype.
+    """
+    check_tensor("q", q, FLOATS, ("B", "H", "Lq", "D"))
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    batch, heads, q_length, width = q.shape
+    check_tensor("k", k, q.dtype, (batch, "Hkv", "Lk", width), q.device)
+    kv_heads, k_length = k.shape[1:3]
+    check_tensor("v", v, q.dtype, (batch, kv_heads, k_length, width), q.device)
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q must have a multiple of k's {kv_heads} heads, got {heads}")
+    if mask is not None and (mask.q_length, mask.k_length) != (q_length, k_length):
+        raise ValueError(f"mask must be for ({q_length}, {k_length}), got {mask!r}")
+    if mask is not None and mask.kind == "bits" and mask.words.shape[0] not in (1, batch):
+        raise ValueError(f"mask must hold 1 or {batch} masks, got {mask!r}")
+    if key_padding is not None:
+        check_tensor("key_padding", key_padding, torch.bool, (batch, k_length), q.device)
+    scale = 1.0 / math.sqrt(width) if scale is None else scale
+    kind = "full" if mask is None else mask.kind
+    if use_kernel("attention", q.device, impl):
+        words = mask.words if mask is not None and kind == "bits" else None
+        out, lse = ops.attention.attention(q, k, v, words, key_padding, kind == "causal", scale)
+    else:
+        allowed = None if mask is None or kind == "full" else mask.to_dense()
+        out, lse = reference.attention.attention(q, k, v, allowed, key_padding, scale)
+    return (out, lse.detach()) if return_lse else out
+
+
+def annealed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask_ratio: float | Tensor,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+    scale: float | None = None,
+    key_padding: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """:func:`attention` under ``AttentionMask.annealed`` of q's length. Layers of one step share (seed, step) and the mask."""
+    check_tensor("q", q, FLOATS, ("B", "H", "L", "D"))
+    mask = AttentionMask.annealed(q.shape[2], attn_mask_ratio, seed=seed, step=step, device=q.device)
+    out = attention(q, k, v, mask, scale=scale, key_padding=key_padding, impl=impl)
+    assert isinstance(out, Tensor)
+    return out

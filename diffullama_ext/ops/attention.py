@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.ops.diffullama.attention. On the CPU it runs torch's own flash attention under the unpacked mask."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@torch.library.register_fake("diffullama::attention")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor | None, key_padding: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.register_fake("diffullama::attention_backward")
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    words: Tensor | None,
+    key_padding: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _dense_mask(
+    q: Tensor, k: Tensor, words: Tensor | None, key_padding: Tensor | None, causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(bool mask broadcastable to [B, 1, Lq, Lk], rows [.., Lq, 1] that may attend to nothing), or None where all may.
+
+    Such rows are opened to every key, so that torch's softmax stays finite; the caller writes their zeros.
+    """
+    q_length, k_length = q.shape[2], k.shape[2]
+    allowed = None
+    if words is not None:
+        allowed = torch.ops.diffullama.unpack_mask.default(words, k_length)[:, None]
+    elif causal:
+        allowed = torch.ones(q_length, k_length, dtype=torch.bool, device=q.device).tril()[None, None]
+    if key_padding is not None:
+        allowed = key_padding[:, None, None, :] if allowed is None else allowed & key_padding[:, None, None, :]
+        allowed = allowed.expand(-1, -1, q_length, -1)
+    if allowed is None:
+        return None, None
+    empty = ~allowed.any(dim=-1, keepdim=True)
+    return allowed | empty, empty
+
+
+def _group_heads(x: Tensor, group: int) -> Tensor:
+    return x if group == 1 else x.repeat_interleave(group, dim=1)
+
+
+@torch.library.impl("diffullama::attention", "CPU")
+def _attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor | None, key_padding: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    if q.numel() == 0 or k.numel() == 0:
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        return torch.zeros_like(q), lse
+    allowed, empty = _dense_mask(q, k, words, key_padding, causal)
+    group = q.shape[1] // k.shape[1]
+    out, lse = _flash(q, _group_heads(k, group), _group_heads(v, group), 0.0, False, attn_mask=allowed, scale=scale)
+    if empty is not None:
+        out = out.masked_fill(empty, 0.0)
+        lse = lse.masked_fill(empty.squeeze(-1), -torch.inf)
+    return out.contiguous(), lse.contiguous()
+
+
+@torch.library.impl("diffullama::attention_backward", "CPU")
+def _attention_backward_cpu(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    words: Tensor | None,
+    key_padding: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    allowed, empty = _dense_mask(q, k, words, key_padding, causal)
+    if empty is not None:  # any finite lse will do where dout is 0: the row's gradient is P * 0
+        dout = dout.masked_fill(empty, 0.0)
+        lse = lse.masked_fill(empty.squeeze(-1), torch.finfo(lse.dtype).max)
+    group = q.shape[1] // k.shape[1]
+    wide = (_group_heads(k, group), _group_heads(v, group))
+    dq, dk, dv = _flash_backward(dout, q, *wide, out, lse, 0.0, False, attn_mask=allowed, scale=scale)
+    if group > 1:
+        dk, dv = (x.unflatten(1, (-1, group)).sum(dim=2) for x in (dk, dv))
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, words, key_padding, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, words, key_padding)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 7
+    grads = torch.ops.diffullama.attention_backward.default(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
+    return (*grads, None, None, None, None)
+
+
+torch.library.register_autograd("diffullama::attention", _backward, setup_context=_save)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor | None, key_padding: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out [B, H, Lq, D], lse [B, H, Lq]); differentiable in q, k and v through out."""
+    return torch.ops.diffullama.attention.default(q, k, v, words, key_padding, causal, scale)
