@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every schema: the native API on one page. Values that change each step (seed, step, p_mask, attn_mask_ratio, amount) are
-// tensors: they neither recompile a graph nor stale a captured one. Shapes: B batch, L length, V vocabulary, H hidden.
+// Every schema: the native API on one page. Values that change each step (seed, step, p_mask, attn_mask_ratio, amount)
+// are tensors: they neither recompile a graph nor stale a captured one. Shapes: B batch, L length, V vocabulary, H
+// hidden.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(diffullama, m) {

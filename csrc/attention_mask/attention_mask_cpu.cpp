@@ -17,8 +17,7 @@ inline uint32_t pack_word(const uint8_t* bytes) {
   return word;
 }
 
-DIFFULLAMA_VECTORIZED void pack_row(const bool* allowed, int64_t k_length, uint32_t* words) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(allowed);
+DIFFULLAMA_VECTORIZED void pack_row(const uint8_t* bytes, int64_t k_length, uint32_t* words) {
   const int64_t whole = k_length / 32;
   for (int64_t w = 0; w < whole; ++w) words[w] = pack_word(bytes + 32 * w);
   if (k_length % 32) {
@@ -28,7 +27,7 @@ DIFFULLAMA_VECTORIZED void pack_row(const bool* allowed, int64_t k_length, uint3
   }
 }
 
-DIFFULLAMA_VECTORIZED void unpack_row(const uint32_t* words, int64_t k_length, bool* allowed) {
+DIFFULLAMA_VECTORIZED void unpack_row(const uint32_t* words, int64_t k_length, uint8_t* allowed) {
   const int64_t whole = k_length / 32;
   for (int64_t w = 0; w < whole; ++w) {
     for (int j = 0; j < 32; ++j) allowed[32 * w + j] = (words[w] >> j) & 1u;
@@ -36,7 +35,8 @@ DIFFULLAMA_VECTORIZED void unpack_row(const uint32_t* words, int64_t k_length, b
   for (int64_t j = 32 * whole; j < k_length; ++j) allowed[j] = (words[whole] >> (j % 32)) & 1u;
 }
 
-DIFFULLAMA_VECTORIZED void id_row(int64_t query_id, const int64_t* key_ids, int64_t k_length, bool exact, uint32_t* words) {
+DIFFULLAMA_VECTORIZED void id_row(int64_t query_id, const int64_t* key_ids, int64_t k_length, bool exact,
+                                  uint32_t* words) {
   for (int64_t w = 0; w < words_per_row(k_length); ++w) {
     const int n = static_cast<int>(std::min<int64_t>(32, k_length - 32 * w));
     uint8_t bytes[32] = {};
@@ -98,7 +98,7 @@ Tensor pack_mask_cpu(const Tensor& allowed) {
   const int64_t M = allowed.size(0), Lq = allowed.size(1), Lk = allowed.size(2), W = words_per_row(Lk);
   const Tensor allowed_c = as_contiguous(allowed);
   Tensor words = empty_words(allowed, M, Lq, Lk);
-  const bool* in = allowed_c.const_data_ptr<bool>();
+  const uint8_t* in = const_bytes(allowed_c);
   uint32_t* out = words_data(words);
   for_each_row(M, Lq, Lk, [&](int64_t m, int64_t q) { pack_row(in + (m * Lq + q) * Lk, Lk, out + (m * Lq + q) * W); });
   return words;
@@ -110,7 +110,7 @@ Tensor unpack_mask_cpu(const Tensor& words, int64_t k_length) {
   const Tensor words_c = as_contiguous(words);
   Tensor allowed = empty_like_device(words, {M, Lq, k_length}, ScalarType::Bool);
   const auto* in = reinterpret_cast<const uint32_t*>(words_c.const_data_ptr<int32_t>());
-  bool* out = allowed.mutable_data_ptr<bool>();
+  uint8_t* out = mutable_bytes(allowed);
   for_each_row(M, Lq, k_length, [&](int64_t m, int64_t q) {
     unpack_row(in + (m * Lq + q) * W, k_length, out + (m * Lq + q) * k_length);
   });
@@ -138,7 +138,8 @@ Tensor annealed_mask_cpu(int64_t length, const Tensor& attn_mask_ratio, const Te
   const auto stream = static_cast<uint32_t>(scalar_of("step", step));
   uint32_t* out = words_data(words);
   const int64_t W = words_per_row(length);
-  for_each_row(1, length, 64 * W, [&](int64_t, int64_t i) { annealed_row(i, length, threshold, key, stream, out + i * W); });
+  for_each_row(1, length, 64 * W,
+               [&](int64_t, int64_t i) { annealed_row(i, length, threshold, key, stream, out + i * W); });
   return words;
 }
 

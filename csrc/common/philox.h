@@ -17,7 +17,8 @@ struct Words4 {
 };
 
 // One round over one counter, in place; k0 and k1 are the round's keys.
-DIFFULLAMA_HOST_DEVICE void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
+DIFFULLAMA_HOST_DEVICE void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0,
+                                         uint32_t k1) {
   const uint64_t p0 = uint64_t{0xD2511F53u} * c0;
   const uint64_t p1 = uint64_t{0xCD9E8D57u} * c2;
   c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
@@ -43,8 +44,8 @@ DIFFULLAMA_HOST_DEVICE Words4 philox(uint64_t seed, uint64_t index4, Tag tag, ui
   return {{c0, c1, c2, c3}};
 }
 
-// The word of the sample's position: index = sample_index * 2^34 + position, so the high half of the sample index is the
-// stream. Shared by noising (kNoise).
+// The word of the sample's position: index = sample_index * 2^34 + position, so the high half of the sample index is
+// the stream. Shared by noising (kNoise).
 DIFFULLAMA_HOST_DEVICE Words4 philox_of_sample(uint64_t seed, uint64_t sample_index, uint64_t position4, Tag tag) {
   return philox(seed, (sample_index << 32) | position4, tag, static_cast<uint32_t>(sample_index >> 32));
 }

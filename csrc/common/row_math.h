@@ -19,7 +19,8 @@ DIFFULLAMA_VECTORIZED Acc row_max(const Acc* x, int64_t n) {
   for (Acc& m : lane_max) m = -std::numeric_limits<Acc>::infinity();
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) lane_max[lane] = x[i + lane] > lane_max[lane] ? x[i + lane] : lane_max[lane];
+    for (int lane = 0; lane < kLanes; ++lane)
+      lane_max[lane] = x[i + lane] > lane_max[lane] ? x[i + lane] : lane_max[lane];
   }
   Acc result = lane_max[0];
   for (int lane = 1; lane < kLanes; ++lane) result = lane_max[lane] > result ? lane_max[lane] : result;

@@ -71,6 +71,12 @@ inline Tensor zeros_like_device(const Tensor& like, const std::vector<int64_t>& 
   return torch::stable::new_zeros(like, shape, dtype);
 }
 
+// A bool tensor's bytes, 0 or 1: GCC does not vectorise loops over bool.
+inline const uint8_t* const_bytes(const Tensor& t) {
+  return reinterpret_cast<const uint8_t*>(t.const_data_ptr<bool>());
+}
+inline uint8_t* mutable_bytes(const Tensor& t) { return reinterpret_cast<uint8_t*>(t.mutable_data_ptr<bool>()); }
+
 // The value of a one-element int64 tensor on the CPU.
 inline int64_t scalar_of(const char* name, const Tensor& t) {
   check(t.scalar_type() == ScalarType::Long && t.numel() == 1, name, " must be int64 with one element");

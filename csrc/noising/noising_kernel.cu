@@ -63,7 +63,8 @@ __device__ void write_counts(const MaskTokensParams& p) {
   const int64_t warps = int64_t{gridDim.x} * (kThreads / kWarp);
   for (int64_t row = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp; row < p.B; row += warps) {
     int64_t count = 0;
-    for (int64_t position = threadIdx.x % kWarp; position < p.L; position += kWarp) count += p.masked[row * p.L + position];
+    for (int64_t position = threadIdx.x % kWarp; position < p.L; position += kWarp)
+      count += p.masked[row * p.L + position];
     count = warp_sum(count);
     if (threadIdx.x % kWarp == 0) p.counts[row] = count;
   }
@@ -101,7 +102,8 @@ __global__ void __launch_bounds__(kThreads) mask_tokens_kernel(MaskTokensParams 
   }
   write_counts(p);
   const int64_t stride = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = total + int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.B * p.L; i += stride) p.positions[i] = -1;
+  for (int64_t i = total + int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.B * p.L; i += stride)
+    p.positions[i] = -1;
 }
 
 }  // namespace
@@ -120,7 +122,8 @@ cudaError_t launch_mask_tokens(const MaskTokensParams& p, cudaStream_t stream) {
   blocks = blocks < wanted ? blocks : wanted;
   MaskTokensParams params = p;
   void* args[] = {&params};
-  return cudaLaunchCooperativeKernel(mask_tokens_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), args, 0, stream);
+  return cudaLaunchCooperativeKernel(mask_tokens_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), args, 0,
+                                     stream);
 }
 
 }  // namespace diffullama

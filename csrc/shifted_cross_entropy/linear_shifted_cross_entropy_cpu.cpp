@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The linear forms on the CPU. The scored rows of hidden are gathered, then chunk by chunk: logits = rows W^T by torch's
-// GEMM, one pass that turns each row of logits into its loss and, in place, its gradient, then two more GEMMs. One chunk
-// of logits is alive. bfloat16 and float16 compute in float; double stays.
+// The linear forms on the CPU. The scored rows of hidden are gathered, then chunk by chunk: logits = rows W^T by
+// torch's GEMM, one pass that turns each row of logits into its loss and, in place, its gradient, then two more GEMMs.
+// One chunk of logits is alive. bfloat16 and float16 compute in float; double stays.
 #include <algorithm>
 
 #include "../common/dispatch.h"
@@ -14,10 +14,10 @@ namespace {
 constexpr int64_t kChunkBytes = int64_t{32} << 20;  // of logits; larger chunks gain nothing in the GEMMs, cost memory
 
 struct Problem {
-  Tensor hidden;              // [B, L, H] in the computing dtype
-  Tensor weight;              // [V, H]
+  Tensor hidden;               // [B, L, H] in the computing dtype
+  Tensor weight;               // [V, H]
   std::optional<Tensor> bias;  // [V]
-  Tensor x0;                  // [B, L]
+  Tensor x0;                   // [B, L]
   std::vector<Scored> scored;
   LossOptions options;
   int64_t B, L, H, V, chunk_rows;
@@ -35,8 +35,9 @@ Problem make_problem(const Tensor& hidden, const Tensor& weight, const std::opti
   check_linear(hidden, weight, bias, x0, masked, options, chunk_rows, accum_dtype);
   const ScalarType dtype = wide_dtype(hidden.scalar_type());
   const auto prepared = [dtype](const Tensor& t) { return as_contiguous(torch::stable::to(t, dtype)); };
-  Problem p{prepared(hidden), prepared(weight), std::nullopt, as_contiguous(x0), {}, options,
-            hidden.size(0), hidden.size(1), hidden.size(2), weight.size(0), 0, dtype, accum_dtype};
+  Problem p{prepared(hidden), prepared(weight), std::nullopt,   as_contiguous(x0), {}, options,
+            hidden.size(0),   hidden.size(1),   hidden.size(2), weight.size(0),    0,  dtype,
+            accum_dtype};
   if (bias) p.bias = prepared(*bias);
   const Tensor masked_c = as_contiguous(masked);
   p.scored = scored_tokens(masked_c.const_data_ptr<bool>(), p.B, p.L, options.shift);
@@ -51,8 +52,12 @@ Gradients make_gradients(const Problem& p, bool need_dhidden, bool need_dweight,
   const auto zeros = [&](bool needed, std::vector<int64_t> shape, ScalarType dtype) {
     return zeros_like_device(p.hidden, needed ? shape : std::vector<int64_t>{0}, dtype);
   };
-  return {zeros(need_dhidden, {p.B, p.L, p.H}, p.dtype), zeros(need_dweight, {p.V, p.H}, p.accum_dtype),
-          zeros(need_dbias, {p.V}, p.accum_dtype), need_dhidden, need_dweight, need_dbias};
+  return {zeros(need_dhidden, {p.B, p.L, p.H}, p.dtype),
+          zeros(need_dweight, {p.V, p.H}, p.accum_dtype),
+          zeros(need_dbias, {p.V}, p.accum_dtype),
+          need_dhidden,
+          need_dweight,
+          need_dbias};
 }
 
 // dbias += column sums of dlogits [n, V]
@@ -70,7 +75,10 @@ class ChunkLoop {
  public:
   // scale [B, L]: what each token's gradient is multiplied by; null where no gradient is needed.
   ChunkLoop(const Problem& p, Gradients& grads, const Acc* scale, Acc* nll)
-      : p_(p), grads_(grads), scale_(scale), nll_(nll),
+      : p_(p),
+        grads_(grads),
+        scale_(scale),
+        nll_(nll),
         rows_(empty_like_device(p.hidden, {p.chunk_rows, p.H}, p.dtype)),
         logits_(empty_like_device(p.hidden, {p.chunk_rows, p.V}, p.dtype)),
         drows_(empty_like_device(p.hidden, {grads.need_dhidden ? p.chunk_rows : 0, p.H}, p.dtype)) {}
@@ -152,8 +160,8 @@ Tensor run(const Problem& p, Gradients& grads, const std::optional<Tensor>& scal
 }
 
 Tensor linear_shifted_nll_cpu(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias, const Tensor& x0,
-                              const Tensor& masked, bool shift, double label_smoothing, double softcap, int64_t chunk_rows,
-                              ScalarType accum_dtype) {
+                              const Tensor& masked, bool shift, double label_smoothing, double softcap,
+                              int64_t chunk_rows, ScalarType accum_dtype) {
   const Problem p =
       make_problem(hidden, weight, bias, x0, masked, {shift, label_smoothing, softcap}, chunk_rows, accum_dtype);
   Gradients none = make_gradients(p, false, false, false);
@@ -162,8 +170,8 @@ Tensor linear_shifted_nll_cpu(const Tensor& hidden, const Tensor& weight, std::o
 
 std::tuple<Tensor, Tensor, Tensor> linear_shifted_nll_backward_cpu(
     const Tensor& dnll, const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias, const Tensor& x0,
-    const Tensor& masked, bool shift, double label_smoothing, double softcap, int64_t chunk_rows, ScalarType accum_dtype,
-    bool need_dhidden, bool need_dweight, bool need_dbias) {
+    const Tensor& masked, bool shift, double label_smoothing, double softcap, int64_t chunk_rows,
+    ScalarType accum_dtype, bool need_dhidden, bool need_dweight, bool need_dbias) {
   const Problem p =
       make_problem(hidden, weight, bias, x0, masked, {shift, label_smoothing, softcap}, chunk_rows, accum_dtype);
   check_tensor("dnll", dnll, p.dtype, {p.B, p.L}, &hidden);
@@ -191,8 +199,8 @@ Tensor scalar_tensor(const Problem& p, double value) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_shifted_cross_entropy_cpu(
     const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias, const Tensor& x0, const Tensor& masked,
-    const Tensor& loss_weight, bool shift, double label_smoothing, double softcap, int64_t chunk_rows, ScalarType accum_dtype,
-    bool need_dhidden, bool need_dweight, bool need_dbias) {
+    const Tensor& loss_weight, bool shift, double label_smoothing, double softcap, int64_t chunk_rows,
+    ScalarType accum_dtype, bool need_dhidden, bool need_dweight, bool need_dbias) {
   const Problem p =
       make_problem(hidden, weight, bias, x0, masked, {shift, label_smoothing, softcap}, chunk_rows, accum_dtype);
   check_tensor("loss_weight", loss_weight, p.dtype, {p.B, p.L}, &hidden);

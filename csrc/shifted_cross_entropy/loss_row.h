@@ -62,7 +62,8 @@ Acc row_loss(const Acc* z, int64_t V, int64_t target, Acc lse, Acc smoothing) {
 
 // z becomes scale * d nll / d z of the uncapped logits, in place.
 template <class Acc>
-DIFFULLAMA_VECTORIZED void row_gradient(Acc* z, int64_t V, int64_t target, Acc lse, Acc scale, Acc smoothing, Acc softcap) {
+DIFFULLAMA_VECTORIZED void row_gradient(Acc* z, int64_t V, int64_t target, Acc lse, Acc scale, Acc smoothing,
+                                        Acc softcap) {
   const Acc uniform = smoothing / static_cast<Acc>(V);
   const Acc target_logit = z[target];
   if (softcap == Acc(0)) {

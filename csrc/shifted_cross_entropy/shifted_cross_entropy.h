@@ -27,13 +27,15 @@ inline void check_targets(const char* name, const Tensor& lead, const Tensor& x0
 }
 
 // hidden [B, L, H], weight [V, H], bias [V], of one dtype.
-inline void check_linear(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& x0,
-                         const Tensor& masked, const LossOptions& options, int64_t chunk_rows, ScalarType accum_dtype) {
+inline void check_linear(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                         const Tensor& x0, const Tensor& masked, const LossOptions& options, int64_t chunk_rows,
+                         ScalarType accum_dtype) {
   check_targets("hidden", hidden, x0, masked, options);
   check_tensor("weight", weight, hidden.scalar_type(), {kAny, hidden.size(2)}, &hidden);
   if (bias) check_tensor("bias", *bias, hidden.scalar_type(), {weight.size(0)}, &hidden);
   check(chunk_rows >= 0, "chunk_rows must be at least 0, got ", chunk_rows);
-  check(accum_dtype == ScalarType::Double || (accum_dtype == ScalarType::Float && hidden.scalar_type() != ScalarType::Double),
+  check(accum_dtype == ScalarType::Double ||
+            (accum_dtype == ScalarType::Float && hidden.scalar_type() != ScalarType::Double),
         "accum_dtype must be float32, or float64 (always for float64 inputs)");
 }
 

@@ -27,8 +27,8 @@ void stage_row(const T* logits, int64_t V, double softcap, Acc* z) {
 
 int64_t row_grain(int64_t V) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(V, 1)); }
 
-std::tuple<Tensor, Tensor> shifted_cross_entropy_cpu(const Tensor& logits, const Tensor& x0, const Tensor& masked, bool shift,
-                                                     double label_smoothing, double softcap) {
+std::tuple<Tensor, Tensor> shifted_cross_entropy_cpu(const Tensor& logits, const Tensor& x0, const Tensor& masked,
+                                                     bool shift, double label_smoothing, double softcap) {
   check_targets("logits", logits, x0, masked, {shift, label_smoothing, softcap});
   const int64_t B = logits.size(0), L = logits.size(1), V = logits.size(2);
   const Tensor logits_c = as_contiguous(logits), x0_c = as_contiguous(x0);
@@ -81,8 +81,8 @@ Tensor shifted_cross_entropy_backward_cpu(const Tensor& dnll, const Tensor& logi
       for (int64_t i = begin; i < end; ++i) {
         const Scored s = scored[i];
         stage_row(in + s.row * V, V, softcap, z.data());
-        row_gradient(z.data(), V, ids[s.token], lse_data[s.token], dnll_data[s.token], static_cast<Acc>(label_smoothing),
-                     static_cast<Acc>(softcap));
+        row_gradient(z.data(), V, ids[s.token], lse_data[s.token], dnll_data[s.token],
+                     static_cast<Acc>(label_smoothing), static_cast<Acc>(softcap));
         store_row(z.data(), V, out + s.row * V);
       }
     });

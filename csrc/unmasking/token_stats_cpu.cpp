@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// token_stats on the CPU: rows in parallel, each staged once in a thread's scratch. No sort of the vocabulary: the cut of
-// top-k and top-p is found by bucketing the entries by value and descending into the bucket where the sum crosses.
+// token_stats on the CPU: rows in parallel, each staged once in a thread's scratch. No sort of the vocabulary: the cut
+// of top-k and top-p is found by bucketing the entries by value and descending into the bucket where the sum crosses.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -69,18 +69,19 @@ DIFFULLAMA_VECTORIZED void apply_cut(const Acc* x, int64_t V, Cut<Acc> cut, int6
   }
 }
 
-// The last entry kept when an entry is kept while keep(sum of weight over the entries ranked before it). Entries without
-// mass are never drawn, so only those with mass are looked at.
+// The last entry kept when an entry is kept while keep(sum of weight over the entries ranked before it). Entries
+// without mass are never drawn, so only those with mass are looked at.
 template <class Acc, class Weight, class Keep>
-Cut<Acc> find_cut(const Acc* x, const int64_t* mass, int64_t V, std::vector<int32_t>& candidates, Weight weight, Keep keep) {
+Cut<Acc> find_cut(const Acc* x, const int64_t* mass, int64_t V, std::vector<int32_t>& candidates, Weight weight,
+                  Keep keep) {
   candidates.clear();
   for (int64_t v = 0; v < V; ++v) {
     if (mass[v] > 0) candidates.push_back(static_cast<int32_t>(v));
   }
   uint64_t before = 0;
   while (static_cast<int64_t>(candidates.size()) > kSortBelow) {
-    const auto [low, high] = std::minmax_element(candidates.begin(), candidates.end(),
-                                                 [x](int32_t a, int32_t b) { return x[a] < x[b]; });
+    const auto [low, high] =
+        std::minmax_element(candidates.begin(), candidates.end(), [x](int32_t a, int32_t b) { return x[a] < x[b]; });
     const Acc top = x[*high], span = top - x[*low];
     if (!(span > 0)) break;  // all equal: index order is rank order
     const auto bucket_of = [&](int32_t v) {
@@ -93,8 +94,9 @@ Cut<Acc> find_cut(const Acc* x, const int64_t* mass, int64_t V, std::vector<int3
     while (bucket < last_used && keep(before + sums[bucket])) before += sums[bucket++];
     while (sums[bucket] == 0) --bucket;  // an empty bucket cannot hold the cut; cannot pass 0: the top entry has weight
     const size_t n = candidates.size();
-    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), [&](int32_t v) { return bucket_of(v) != bucket; }),
-                     candidates.end());
+    candidates.erase(
+        std::remove_if(candidates.begin(), candidates.end(), [&](int32_t v) { return bucket_of(v) != bucket; }),
+        candidates.end());
     if (candidates.size() == n) break;
   }
   std::stable_sort(candidates.begin(), candidates.end(), [x](int32_t a, int32_t b) { return x[a] > x[b]; });
@@ -121,16 +123,19 @@ void truncate(Scratch<Acc>& s, int64_t V, const DrawOptions& options) {
   if (options.top_k > 0 && options.top_k < V) {
     const uint64_t k = static_cast<uint64_t>(options.top_k);
     apply_cut(s.x.data(), V,
-              find_cut(s.x.data(), s.mass.data(), V, s.candidates, [](int32_t) { return uint64_t{1}; },
-                       [k](uint64_t before) { return before < k; }),
+              find_cut(
+                  s.x.data(), s.mass.data(), V, s.candidates, [](int32_t) { return uint64_t{1}; },
+                  [k](uint64_t before) { return before < k; }),
               s.mass.data());
   }
   if (options.top_p < 1.0) {
     const uint64_t total = std::accumulate(s.mass.begin(), s.mass.end(), uint64_t{0});
-    apply_cut(s.x.data(), V,
-              find_cut(s.x.data(), s.mass.data(), V, s.candidates, [&](int32_t v) { return static_cast<uint64_t>(s.mass[v]); },
-                       [&](uint64_t before) { return in_nucleus(before, total, options.top_p); }),
-              s.mass.data());
+    apply_cut(
+        s.x.data(), V,
+        find_cut(
+            s.x.data(), s.mass.data(), V, s.candidates, [&](int32_t v) { return static_cast<uint64_t>(s.mass[v]); },
+            [&](uint64_t before) { return in_nucleus(before, total, options.top_p); }),
+        s.mass.data());
   }
 }
 
@@ -153,7 +158,8 @@ int64_t draw(const std::vector<int64_t>& mass, uint64_t uniform62, float& sample
 }
 
 template <class T, class Acc>
-Stats row_stats(const T* logits, int64_t V, int64_t current, const DrawOptions& options, uint64_t uniform62, Scratch<Acc>& s) {
+Stats row_stats(const T* logits, int64_t V, int64_t current, const DrawOptions& options, uint64_t uniform62,
+                Scratch<Acc>& s) {
   Stats out;
   std::fill(std::begin(out.values), std::end(out.values), std::nanf(""));
   Acc* x = s.x.data();
@@ -199,7 +205,8 @@ std::tuple<Tensor, Tensor> token_stats_cpu(const Tensor& logits, std::optional<T
   const int64_t N = logits.size(0), V = logits.size(1);
   const Tensor logits_c = as_contiguous(logits), index_c = as_contiguous(row_index);
   const std::optional<Tensor> current_c = as_contiguous(current);
-  Tensor token = empty_like_device(logits, {N}, ScalarType::Long), values = empty_like_device(logits, {8, N}, ScalarType::Float);
+  Tensor token = empty_like_device(logits, {N}, ScalarType::Long),
+         values = empty_like_device(logits, {8, N}, ScalarType::Float);
   const uint64_t key = static_cast<uint64_t>(scalar_of("seed", seed));
   const uint32_t stream = static_cast<uint32_t>(scalar_of("step", step));
   const int64_t* index = index_c.const_data_ptr<int64_t>();

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// unmask on the CPU: sequences in parallel; selection, not a full sort, wherever the rule allows it.
+// unmask on the CPU: sequences in parallel. Every rule becomes a cut over unique rank keys; only `factor` sorts.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "../common/philox_lanes.h"
 #include "unmasking.h"
@@ -10,58 +11,34 @@
 namespace diffullama {
 namespace {
 
-struct Entry {
-  float confidence;
-  int32_t position;
-};
-
-// Rank order: falling confidence, equal ones by position.
-inline bool ranks_before(const Entry& a, const Entry& b) {
-  return a.confidence != b.confidence ? a.confidence > b.confidence : a.position < b.position;
-}
+constexpr size_t kSelectBelow = 64;  // candidates left to std::nth_element
+constexpr int kBucketBits = 8;
 
 struct Sequence {
-  const bool* masked;        // [L]
-  const int64_t* token;      // [L]
-  const float* confidence;   // [L]
+  const int64_t* xt;        // [L]
+  const uint8_t* masked;    // [L]
+  const int64_t* token;     // [L]
+  const float* confidence;  // [L]
+  int64_t* xt_out;          // [L]
+  uint8_t* committed;       // [L]
   int64_t L;
   float amount;
-  uint64_t sample_index;
 };
 
-bool eligible(const Sequence& s, int64_t i) { return s.masked[i] && s.token[i] >= 0 && s.confidence[i] == s.confidence[i]; }
+// Scratch of one thread. words holds L entries rounded up to whole philox_lanes calls.
+struct Scratch {
+  explicit Scratch(int64_t L) : keys(L), candidates(L + 1), words(L + 4 * kPhiloxLanes) {}
+  std::vector<uint64_t> keys, candidates;
+  std::vector<uint32_t> words;
+  size_t n = 0;  // candidates in use: the eligible keys
+};
 
-void eligible_entries(const Sequence& s, std::vector<Entry>& entries) {
-  entries.clear();
-  for (int64_t i = 0; i < s.L; ++i) {
-    if (eligible(s, i)) entries.push_back({s.confidence[i], static_cast<int32_t>(i)});
-  }
+DIFFULLAMA_VECTORIZED void confidence_words(const float* confidence, int64_t L, uint32_t* words) {
+  for (int64_t i = 0; i < L; ++i) words[i] = confidence_bits(confidence[i]);
 }
 
-// Each of these moves the committed entries to the front and returns how many they are; entries is not empty.
-size_t choose_quota(std::vector<Entry>& entries, float amount) {
-  const float wanted = std::max(1.0f, std::ceil(amount));  // rank < amount; NaN gives 1
-  if (wanted >= static_cast<float>(entries.size())) return entries.size();
-  const auto k = static_cast<size_t>(wanted);
-  std::nth_element(entries.begin(), entries.begin() + k, entries.end(), ranks_before);
-  return k;
-}
-
-size_t choose_threshold(std::vector<Entry>& entries, float amount) {
-  std::iter_swap(entries.begin(), std::min_element(entries.begin(), entries.end(), ranks_before));
-  const auto end =
-      std::partition(entries.begin() + 1, entries.end(), [amount](const Entry& e) { return e.confidence >= amount; });
-  return static_cast<size_t>(end - entries.begin());
-}
-
-size_t choose_factor(std::vector<Entry>& entries, float amount) {
-  std::sort(entries.begin(), entries.end(), ranks_before);
-  size_t n = 1;
-  while (n < entries.size() && passes_factor(entries[n].confidence, amount, static_cast<int64_t>(n))) ++n;
-  return passes_factor(entries[0].confidence, amount, 0) ? n : 1;
-}
-
-DIFFULLAMA_VECTORIZED void random_words(int64_t L, uint64_t seed, uint32_t step, uint64_t sample_index, uint32_t* words) {
+DIFFULLAMA_VECTORIZED void random_words(int64_t L, uint64_t seed, uint32_t step, uint64_t sample_index,
+                                        uint32_t* words) {
   for (int64_t group = 0; group < (L + 3) / 4; group += kPhiloxLanes) {
     uint32_t c[4][kPhiloxLanes];
     for (int lane = 0; lane < kPhiloxLanes; ++lane) {
@@ -77,17 +54,115 @@ DIFFULLAMA_VECTORIZED void random_words(int64_t L, uint64_t seed, uint32_t step,
   }
 }
 
-// words holds L entries rounded up to whole philox_lanes calls.
-size_t choose_random(std::vector<Entry>& entries, float amount, const std::vector<uint32_t>& words) {
+DIFFULLAMA_VECTORIZED void make_keys(const Sequence& s, const uint32_t* __restrict words, uint64_t* __restrict keys) {
+  const uint8_t* __restrict masked = s.masked;
+  const int64_t* __restrict token = s.token;
+  const float* __restrict confidence = s.confidence;
+  for (int64_t i = 0, L = s.L; i < L; ++i) {
+    const uint64_t key = rank_key(words[i], static_cast<uint32_t>(i));
+    keys[i] = is_eligible(masked[i] != 0, token[i], confidence[i]) ? key : kIneligible;
+  }
+}
+
+// Copies the keys that keep(key) to out, branch-free, in order; out may be keys, and has room for one more than n.
+template <class Keep>
+size_t compact(const uint64_t* keys, size_t n, uint64_t* out, Keep keep) {
+  size_t kept = 0;  // a local: through memory it would cost a store-to-load round trip an entry
+  for (size_t i = 0; i < n; ++i) {
+    const uint64_t key = keys[i];
+    out[kept] = key;
+    kept += keep(key);
+  }
+  return kept;
+}
+
+DIFFULLAMA_VECTORIZED std::pair<uint64_t, uint64_t> key_range(const uint64_t* keys, size_t n) {
+  uint64_t low = kIneligible, high = 0;
+  for (size_t i = 0; i < n; ++i) {
+    low = keys[i] < low ? keys[i] : low;
+    high = keys[i] > high ? keys[i] : high;
+  }
+  return {low, high};
+}
+
+uint64_t smallest(const Scratch& s) { return key_range(s.candidates.data(), s.n).first; }
+
+// The k-th smallest candidate, k from 1: descend into the bucket, of 2^kBucketBits over the candidates' range, that
+// holds it.
+uint64_t kth_smallest(Scratch& s, size_t k) {
+  uint64_t* const keys = s.candidates.data();
+  while (s.n > kSelectBelow) {
+    const auto [low, high] = key_range(keys, s.n);
+    const uint64_t base = low, span = high - low;
+    const int shift = std::max(0, 64 - __builtin_clzll(span) - kBucketBits);  // keys are unique: span > 0
+    size_t counts[1 << kBucketBits] = {};
+    for (size_t i = 0, n = s.n; i < n; ++i) ++counts[(keys[i] - base) >> shift];
+    uint64_t bucket = 0;
+    while (k > counts[bucket]) k -= counts[bucket++];
+    s.n = compact(keys, s.n, keys, [=](uint64_t key) { return (key - base) >> shift == bucket; });
+  }
+  std::nth_element(keys, keys + (k - 1), keys + s.n);
+  return keys[k - 1];
+}
+
+// Each cut admits at least the first-ranked of the candidates, of which there is one or more.
+uint64_t quota_cut(Scratch& s, float amount) {
+  const float wanted = std::max(1.0f, std::ceil(amount));  // NaN gives 1
+  return wanted >= static_cast<float>(s.n) ? kIneligible - 1 : kth_smallest(s, static_cast<size_t>(wanted));
+}
+
+uint64_t threshold_cut(const Scratch& s, float amount) {
+  return amount == amount ? std::max(smallest(s), cut_at(confidence_bits(amount))) : smallest(s);
+}
+
+uint64_t random_cut(const Scratch& s, float amount) {
   const uint64_t threshold = threshold32(amount);
-  const auto end = std::stable_partition(entries.begin(), entries.end(),
-                                         [&](const Entry& e) { return words[e.position] < threshold; });
-  if (end != entries.begin()) return static_cast<size_t>(end - entries.begin());
-  const auto smallest = std::min_element(entries.begin(), entries.end(), [&](const Entry& a, const Entry& b) {
-    return words[a.position] != words[b.position] ? words[a.position] < words[b.position] : a.position < b.position;
-  });
-  std::iter_swap(entries.begin(), smallest);
-  return 1;
+  return threshold == 0 ? smallest(s) : std::max(smallest(s), cut_at(static_cast<uint32_t>(threshold - 1)));
+}
+
+uint64_t factor_cut(Scratch& s, const float* confidence, float amount) {
+  std::sort(s.candidates.begin(), s.candidates.begin() + s.n);
+  size_t n = 0;
+  while (n < s.n && passes_factor(confidence[static_cast<uint32_t>(s.candidates[n])], amount, static_cast<int64_t>(n)))
+    ++n;
+  return s.candidates[std::max<size_t>(n, 1) - 1];
+}
+
+// Writes xt_out and committed; returns how many entries of masked stay masked.
+DIFFULLAMA_VECTORIZED int64_t commit(const Sequence& s, const uint64_t* __restrict keys, uint64_t cut) {
+  const uint8_t* __restrict masked = s.masked;
+  const int64_t* __restrict token = s.token, * __restrict xt = s.xt;
+  int64_t* __restrict xt_out = s.xt_out;
+  uint8_t* __restrict committed = s.committed;
+  int64_t remaining = 0;
+  for (int64_t i = 0, L = s.L; i < L; ++i) {
+    const uint8_t hit = keys[i] <= cut;  // an ineligible key is above every cut
+    committed[i] = hit;
+    const int64_t kept = xt[i], written = token[i];
+    xt_out[i] = hit ? written : kept;
+    remaining += masked[i] & (hit ^ 1);
+  }
+  return remaining;
+}
+
+int64_t unmask_sequence(const Sequence& s, Rule rule, uint64_t seed, uint32_t step, uint64_t sample_index,
+                        Scratch& scratch) {
+  if (rule == Rule::kRandom) {
+    random_words(s.L, seed, step, sample_index, scratch.words.data());
+  } else {
+    confidence_words(s.confidence, s.L, scratch.words.data());
+  }
+  make_keys(s, scratch.words.data(), scratch.keys.data());
+  scratch.n = compact(scratch.keys.data(), scratch.keys.size(), scratch.candidates.data(),
+                      [](uint64_t key) { return key != kIneligible; });
+  uint64_t cut = 0;  // below every ineligible key
+  if (scratch.n > 0) {
+    cut = rule == Rule::kQuota       ? quota_cut(scratch, s.amount)
+          : rule == Rule::kThreshold ? threshold_cut(scratch, s.amount)
+          : rule == Rule::kFactor    ? factor_cut(scratch, s.confidence, s.amount)
+                                     : random_cut(scratch, s.amount);
+  }
+  return commit(s, scratch.keys.data(), cut);
 }
 
 std::tuple<Tensor, Tensor, Tensor> unmask_cpu(const Tensor& xt, const Tensor& masked, const Tensor& token,
@@ -99,38 +174,34 @@ std::tuple<Tensor, Tensor, Tensor> unmask_cpu(const Tensor& xt, const Tensor& ma
   const Tensor xt_c = as_contiguous(xt), masked_c = as_contiguous(masked);
   const Tensor token_c = as_contiguous(token), confidence_c = as_contiguous(confidence);
   const Tensor amount_c = as_contiguous(amount), index_c = as_contiguous(sample_index);
-  Tensor xt_out = torch::stable::clone(xt_c), committed = zeros_like_device(xt, {B, L}, ScalarType::Bool);
+  Tensor xt_out = empty_like_device(xt, {B, L}, ScalarType::Long),
+         committed = empty_like_device(xt, {B, L}, ScalarType::Bool);
   Tensor remaining = empty_like_device(xt, {B}, ScalarType::Long);
-  const bool* masked_data = masked_c.const_data_ptr<bool>();
+  const int64_t* xt_in = xt_c.const_data_ptr<int64_t>();
+  const uint8_t* masked_data = const_bytes(masked_c);
   const int64_t *token_data = token_c.const_data_ptr<int64_t>(), *index = index_c.const_data_ptr<int64_t>();
   const float *confidence_data = confidence_c.const_data_ptr<float>(), *amount_data = amount_c.const_data_ptr<float>();
   int64_t *xt_data = xt_out.mutable_data_ptr<int64_t>(), *remaining_data = remaining.mutable_data_ptr<int64_t>();
-  bool* committed_data = committed.mutable_data_ptr<bool>();
+  uint8_t* committed_data = mutable_bytes(committed);
   const uint64_t key = static_cast<uint64_t>(scalar_of("seed", seed));
   const uint32_t stream = static_cast<uint32_t>(scalar_of("step", step));
 
-  torch::stable::parallel_for(0, B, std::max<int64_t>(1, 4096 / std::max<int64_t>(L, 1)), [&](int64_t begin, int64_t end) {
-    std::vector<Entry> entries;
-    entries.reserve(L);
-    std::vector<uint32_t> words(rule == Rule::kRandom ? L + 4 * kPhiloxLanes : 0);
-    for (int64_t b = begin; b < end; ++b) {
-      const Sequence s{masked_data + b * L, token_data + b * L, confidence_data + b * L, L, amount_data[b],
-                       static_cast<uint64_t>(index[b])};
-      eligible_entries(s, entries);
-      remaining_data[b] = std::count(s.masked, s.masked + L, true);
-      if (entries.empty()) continue;
-      if (rule == Rule::kRandom) random_words(L, key, stream, s.sample_index, words.data());
-      const size_t n = rule == Rule::kQuota       ? choose_quota(entries, s.amount)
-                       : rule == Rule::kThreshold ? choose_threshold(entries, s.amount)
-                       : rule == Rule::kFactor    ? choose_factor(entries, s.amount)
-                                                  : choose_random(entries, s.amount, words);
-      for (size_t i = 0; i < n; ++i) {
-        committed_data[b * L + entries[i].position] = true;
-        xt_data[b * L + entries[i].position] = s.token[entries[i].position];
-      }
-      remaining_data[b] -= static_cast<int64_t>(n);
-    }
-  });
+  torch::stable::parallel_for(
+      0, B, std::max<int64_t>(1, 4096 / std::max<int64_t>(L, 1)), [&](int64_t begin, int64_t end) {
+        Scratch scratch(L);
+        for (int64_t b = begin; b < end; ++b) {
+          const int64_t row = b * L;
+          const Sequence s{xt_in + row,
+                           masked_data + row,
+                           token_data + row,
+                           confidence_data + row,
+                           xt_data + row,
+                           committed_data + row,
+                           L,
+                           amount_data[b]};
+          remaining_data[b] = unmask_sequence(s, rule, key, stream, static_cast<uint64_t>(index[b]), scratch);
+        }
+      });
   return {xt_out, committed, remaining};
 }
 

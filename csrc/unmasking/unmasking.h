@@ -19,7 +19,8 @@ inline void check_token_stats(const Tensor& logits, const std::optional<Tensor>&
                               const Tensor& seed, const Tensor& step, const DrawOptions& options) {
   check(is_floating(logits.scalar_type()), "logits must be a float tensor");
   check_tensor("logits", logits, logits.scalar_type(), {kAny, kAny});
-  check(logits.size(1) > 0 && logits.size(1) <= (int64_t{1} << 18), "logits must have 1 to 2^18 columns, got ", logits.size(1));
+  check(logits.size(1) > 0 && logits.size(1) <= (int64_t{1} << 18), "logits must have 1 to 2^18 columns, got ",
+        logits.size(1));
   const int64_t N = logits.size(0);
   if (current) check_tensor("current", *current, ScalarType::Long, {N}, &logits);
   check_tensor("row_index", row_index, ScalarType::Long, {N}, &logits);

@@ -36,7 +36,7 @@ def _(
 def _dense_mask(
     q: Tensor, k: Tensor, words: Tensor | None, key_padding: Tensor | None, causal: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(bool mask broadcastable to [B, 1, Lq, Lk], rows [.., Lq, 1] that may attend to nothing), or None where all may.
+    """(additive mask broadcastable to [B, 1, Lq, Lk], rows [.., Lq, 1] that may attend to nothing), or None where all may.
 
     Such rows are opened to every key, so that torch's softmax stays finite; the caller writes their zeros.
     """
@@ -52,7 +52,7 @@ def _dense_mask(
     if allowed is None:
         return None, None
     empty = ~allowed.any(dim=-1, keepdim=True)
-    return allowed | empty, empty
+    return q.new_zeros(allowed.shape).masked_fill(~(allowed | empty), -torch.inf), empty
 
 
 def _group_heads(x: Tensor, group: int) -> Tensor:
@@ -66,9 +66,9 @@ def _attention_cpu(
     if q.numel() == 0 or k.numel() == 0:
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
         return torch.zeros_like(q), lse
-    allowed, empty = _dense_mask(q, k, words, key_padding, causal)
+    bias, empty = _dense_mask(q, k, words, key_padding, causal)
     group = q.shape[1] // k.shape[1]
-    out, lse = _flash(q, _group_heads(k, group), _group_heads(v, group), 0.0, False, attn_mask=allowed, scale=scale)
+    out, lse = _flash(q, _group_heads(k, group), _group_heads(v, group), 0.0, False, attn_mask=bias, scale=scale)
     if empty is not None:
         out = out.masked_fill(empty, 0.0)
         lse = lse.masked_fill(empty.squeeze(-1), -torch.inf)
@@ -90,13 +90,13 @@ def _attention_backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    allowed, empty = _dense_mask(q, k, words, key_padding, causal)
+    bias, empty = _dense_mask(q, k, words, key_padding, causal)
     if empty is not None:  # any finite lse will do where dout is 0: the row's gradient is P * 0
         dout = dout.masked_fill(empty, 0.0)
         lse = lse.masked_fill(empty.squeeze(-1), torch.finfo(lse.dtype).max)
     group = q.shape[1] // k.shape[1]
     wide = (_group_heads(k, group), _group_heads(v, group))
-    dq, dk, dv = _flash_backward(dout, q, *wide, out, lse, 0.0, False, attn_mask=allowed, scale=scale)
+    dq, dk, dv = _flash_backward(dout, q, *wide, out, lse, 0.0, False, attn_mask=bias, scale=scale)
     if group > 1:
         dk, dv = (x.unflatten(1, (-1, group)).sum(dim=2) for x in (dk, dv))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
