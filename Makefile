@@ -8,6 +8,8 @@ OUT ?= runs/demo
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# Named by the version, so that another TORCH installs it and builds again.
+TORCH_STAMP := $(VENV)/$(subst >,,$(subst <,,$(subst =,-,$(TORCH)))).stamp
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(shell find csrc third_party -type f)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 # Two test processes of one thread each suit two cores better than one process of two threads.
@@ -23,14 +25,15 @@ help:
 	@echo "make cuda-compile  the CUDA library, warnings as errors (needs nvcc, no GPU)"
 	@echo "make wheel         dist/*.whl"
 
-$(VENV)/torch.stamp: constraints.txt
+$(TORCH_STAMP): constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade "pip>=24" "setuptools>=77" wheel
 	$(PIP) "$(TORCH)"
+	rm -f $(VENV)/torch-*.stamp
 	touch $@
 
 # nvidia-cutlass without its Python dependencies: only its headers are used.
-$(VENV)/tools.stamp: $(VENV)/torch.stamp
+$(VENV)/tools.stamp: $(TORCH_STAMP)
 	$(PIP) -c constraints.txt pybind11 ninja cmake
 	$(PIP) -c constraints.txt --no-deps nvidia-cutlass
 	touch $@
