@@ -33,9 +33,9 @@ _CUDA_MISSING = (
 
 
 def host_module() -> ModuleType | None:
-    """The pybind11 module ``_C`` (build info, kernel plans, the host RNG), or None where it was not built for this Python."""
+    """The pybind11 module ``_C`` (build info, the host RNG), or None where it was not built for this Python."""
     try:
-        from . import _C
+        from . import _C  # type: ignore[attr-defined]
     except ImportError:
         return None
     return _C
@@ -57,42 +57,65 @@ def build_info() -> dict[str, object]:
     return info
 
 
+def arch_is_covered(capability: tuple[int, int], built_archs: str) -> bool:
+    """Whether "80 90 ..." (binaries, and PTX of the last) runs on a device: same major and minor not above, or PTX."""
+    device = 10 * capability[0] + capability[1]
+    archs = [int(arch.rstrip("a")) for arch in built_archs.split()]
+    return device >= archs[-1] or any(arch // 10 == capability[0] and arch <= device for arch in archs)
+
+
+@cache
+def _cuda_reason() -> str | None:
+    """Why CUDA kernels cannot run here, or None."""
+    module = host_module()
+    if _CUDA_MISSING or module is None or not torch.cuda.is_available():
+        return _CUDA_MISSING
+    archs = str(module.build_info()["built archs"])
+    if all(arch_is_covered(torch.cuda.get_device_capability(i), archs) for i in range(torch.cuda.device_count())):
+        return None
+    return f"built for sm_{archs.replace(' ', ', sm_')}, which this device is not"
+
+
+_KERNELS: set[tuple[str, str]] = set()  # (op, device type); a plain set, so that torch.compile traces its use
+
+
+def find_kernels() -> None:
+    """Note which ops have a kernel for which device; called once every kernel is registered."""
+    for device_type, reason in (("cpu", _CPU_MISSING), ("cuda", _cuda_reason())):
+        for name in torch._C._dispatch_get_all_op_names() if reason is None else ():
+            ours = name.startswith("diffullama::")
+            if ours and torch._C._dispatch_has_kernel_for_dispatch_key(name, device_type.upper()):
+                _KERNELS.add((name.removeprefix("diffullama::"), device_type))
+
+
+def _missing(op: str, device_type: str) -> str:
+    reason = _cuda_reason() if device_type == "cuda" else _CPU_MISSING
+    return f"no compiled kernel of {op} for {device_type} ({reason or 'this build lacks it'})"
+
+
 @cache
 def _warn_reference(op: str, device_type: str) -> None:
-    reason = _CUDA_MISSING if device_type == "cuda" else _CPU_MISSING
     warnings.warn(
-        f"diffullama_ext: no compiled kernel of {op} for {device_type} ({reason or 'this build lacks it'}); "
-        f"the PyTorch reference runs instead. {build_info()}",
+        f"diffullama_ext: {_missing(op, device_type)}; the PyTorch reference runs instead. {build_info()}",
         RuntimeWarning,
         stacklevel=4,
     )
 
 
-def _has_kernel(op: str, device_type: str) -> bool:
-    if _CPU_MISSING or device_type not in ("cpu", "cuda"):
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"diffullama::{op}", device_type.upper())
+def use_kernel(op: str, device: torch.device, impl: str = "auto") -> bool:
+    """Whether a call runs the compiled kernel; ``DIFFULLAMA_IMPL`` replaces ``impl='auto'`` for debugging.
 
-
-@cache
-def _resolve(op: str, device_type: str, impl: str) -> bool:
+    ValueError for another ``impl``; RuntimeError where "ext" is asked for and there is no kernel.
+    """
+    compiling = torch.compiler.is_compiling()
+    if impl == "auto" and not compiling:
+        impl = os.environ.get("DIFFULLAMA_IMPL", "auto")
     if impl not in ("auto", "ext", "reference"):
         raise ValueError(f"impl must be 'auto', 'ext' or 'reference', got {impl!r}")
-    if impl == "reference":
-        return False
-    if _has_kernel(op, device_type):
-        return True
+    if impl == "reference" or (op, device.type) in _KERNELS:
+        return impl != "reference"
     if impl == "ext":
-        reason = _CUDA_MISSING if device_type == "cuda" else _CPU_MISSING
-        raise RuntimeError(
-            f"impl='ext': no compiled kernel of {op} for {device_type} ({reason or 'this build lacks it'})"
-        )
-    _warn_reference(op, device_type)
+        raise RuntimeError(f"impl='ext': {_missing(op, device.type)}")
+    if not compiling:
+        _warn_reference(op, device.type)
     return False
-
-
-def use_kernel(op: str, device: torch.device, impl: str = "auto") -> bool:
-    """Whether a call runs the compiled kernel; ``DIFFULLAMA_IMPL`` replaces ``impl='auto'`` for debugging."""
-    if impl == "auto" and not torch.compiler.is_compiling():
-        impl = os.environ.get("DIFFULLAMA_IMPL", "auto")
-    return _resolve(op, device.type, impl)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ from ._library import use_kernel
 from .checks import as_scalar_tensor, check_range, check_tensor
 
 
-def _backend(op: str, device: torch.device):  # the two modules have the same functions
+def _backend(op: str, device: torch.device) -> ModuleType:
+    """ops or reference: the two have the same functions."""
     return ops.attention_mask if use_kernel(op, device) else reference.attention_mask
 
 
@@ -21,8 +24,8 @@ class AttentionMask:
     Attributes:
         kind: "causal", "full" or "bits"; attention takes its cheapest exact path by it.
         q_length, k_length: queries and keys the mask is for.
-        words: int32 [M, q_length, ceil(k_length / 32)], M = 1 (shared by the batch) or B; word w of a row holds the keys
-            32w..32w+31, key j at bit j % 32. Made on first use for the named kinds.
+        words: int32 [M, q_length, ceil(k_length / 32)], M = 1 (shared by the batch) or B; word w of a row holds the
+            keys 32w..32w+31, key j at bit j % 32. Made on first use for the named kinds.
     """
 
     def __init__(
@@ -52,8 +55,10 @@ class AttentionMask:
         cls, q_length: int, k_length: int | None = None, *, device: torch.device | str | None = None
     ) -> AttentionMask:
         """Every key is allowed."""
+        k_length = q_length if k_length is None else k_length
         check_range("q_length", q_length, 0, 2**31 - 1)
-        return cls("full", q_length, q_length if k_length is None else k_length, device=device)
+        check_range("k_length", k_length, 0, 2**31 - 1)
+        return cls("full", q_length, k_length, device=device)
 
     @classmethod
     def annealed(
@@ -97,7 +102,10 @@ class AttentionMask:
 
     @classmethod
     def block_causal(cls, block_ids: Tensor, key_block_ids: Tensor | None = None) -> AttentionMask:
-        """Key k is allowed for query q where id[k] <= id[q]: block diffusion, prefix-LM, chunks; ids int64 [L] or [B, L]."""
+        """Key k is allowed for query q where id[k] <= id[q]; ids int64 [L] or [B, L], in any order.
+
+        Block diffusion, prefix-LM and chunks are ids.
+        """
         return cls._from_ids(block_ids, key_block_ids, exact=False)
 
     @classmethod
@@ -142,6 +150,11 @@ class AttentionMask:
                 self._words = _backend("id_mask", self.device).id_mask(*zeros, True)
         return self._words
 
+    @property
+    def n_masks(self) -> int:
+        """1 (shared by the batch) or B."""
+        return 1 if self._words is None else self._words.shape[0]
+
     def to_dense(self) -> Tensor:
         """bool [M, q_length, k_length]."""
         return _backend("unpack_mask", self.device).unpack_mask(self.words, self.k_length)
@@ -151,18 +164,20 @@ class AttentionMask:
         words = None if self._words is None else self._words.to(device)
         return AttentionMask(self.kind, self.q_length, self.k_length, words, device)
 
-    def _check_same_shape(self, other: AttentionMask) -> None:
-        if (self.q_length, self.k_length) != (other.q_length, other.k_length):
-            raise ValueError(f"masks must have one shape, got {self!r} and {other!r}")
+    def _check_combines(self, other: AttentionMask) -> None:
+        if not isinstance(other, AttentionMask):
+            raise TypeError(f"masks combine with masks, got {type(other).__name__}")
+        same_lengths = (self.q_length, self.k_length) == (other.q_length, other.k_length)
+        if not same_lengths or (self.n_masks != other.n_masks and 1 not in (self.n_masks, other.n_masks)):
+            raise ValueError(f"masks must have one shape, or one mask for all, got {self!r} and {other!r}")
 
     def __and__(self, other: AttentionMask) -> AttentionMask:
-        self._check_same_shape(other)
+        self._check_combines(other)
         return AttentionMask("bits", self.q_length, self.k_length, self.words & other.words)
 
     def __or__(self, other: AttentionMask) -> AttentionMask:
-        self._check_same_shape(other)
+        self._check_combines(other)
         return AttentionMask("bits", self.q_length, self.k_length, self.words | other.words)
 
     def __repr__(self) -> str:
-        n_masks = 1 if self._words is None else self._words.shape[0]
-        return f"AttentionMask({self.kind}, [{n_masks}, {self.q_length}, {self.k_length}], {self.device})"
+        return f"AttentionMask({self.kind}, [{self.n_masks}, {self.q_length}, {self.k_length}], {self.device})"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stateless nn.Modules over :mod:`diffullama_ext.functional`, for code that wires modules: options fixed, tensors passed."""
+"""Stateless nn.Modules over :mod:`diffullama_ext.functional`: options fixed at construction, tensors passed."""
 
 from torch import Tensor, nn
 

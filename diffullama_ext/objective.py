@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .attention_mask import AttentionMask
 from .checks import check_choice, check_range, check_tensor
-from .functional import LossStats, MaskedTokens, linear_shifted_cross_entropy, mask_tokens
+from .functional import LossStats, linear_shifted_cross_entropy, mask_tokens
 from .functional.random import index_tensor, seed_tensor
 from .reference.philox import MASK32, TAG_TIME, philox
 from .schedules import LinearNoise
@@ -217,9 +217,27 @@ class DiffusionObjective:
         ``stats.weighted_sum / total`` summed over all of them.
         """
         if self.config.normalizer in ("sequence", "batch"):
-            return torch.tensor(x0.shape[0], device=x0.device)
-        batch = self._noise(x0, maskable, attention_mask, seed, sample_index, t)
-        return (batch.scored if self.config.normalizer == "masked" else batch.scorable).sum()
+            return torch.full((), x0.shape[0], device=x0.device)
+        if self.config.normalizer == "masked":
+            return self._noise(x0, maskable, attention_mask, seed, sample_index, t).scored.sum()
+        maskable, predicted = self._targets(x0, maskable, attention_mask)
+        return (maskable & predicted).sum()
+
+    def _targets(self, x0: Tensor, maskable: Tensor | None, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[B, L] bool each: tokens that may be masked, and real tokens that the logits row of a real token predicts."""
+        check_tensor("x0", x0, torch.int64, ("B", "L"))
+        if maskable is None:
+            maskable = torch.ones_like(x0, dtype=torch.bool)
+        check_tensor("maskable", maskable, torch.bool, tuple(x0.shape), x0.device)
+        predicted = torch.ones_like(maskable)
+        if attention_mask is not None:
+            check_tensor("attention_mask", attention_mask, (torch.bool, torch.int64), tuple(x0.shape), x0.device)
+            predicted &= attention_mask.bool()
+            maskable = maskable & predicted
+        if self.config.shift:
+            predicted[:, 1:] &= predicted[:, :-1].clone()
+            predicted[:, :1] = False
+        return maskable, predicted
 
     def _noise(
         self,
@@ -231,24 +249,12 @@ class DiffusionObjective:
         t: Tensor | None,
     ) -> _Batch:
         config = self.config
-        check_tensor("x0", x0, torch.int64, ("B", "L"))
-        if maskable is not None:
-            check_tensor("maskable", maskable, torch.bool, tuple(x0.shape), x0.device)
-        predicted = torch.ones_like(x0, dtype=torch.bool)  # tokens that some logits row of a real token predicts
-        if attention_mask is not None:
-            check_tensor("attention_mask", attention_mask, (torch.bool, torch.int64), tuple(x0.shape), x0.device)
-            real = attention_mask.bool()
-            maskable = real if maskable is None else maskable & real
-            predicted = real.clone()
-            if config.shift:
-                predicted[:, 1:] &= real[:, :-1]
-        if config.shift:
-            predicted[:, :1] = False
+        maskable, predicted = self._targets(x0, maskable, attention_mask)
         sample_index = index_tensor("sample_index", sample_index, x0.shape[0], x0.device)
         if t is None:
             t = draw_t(sample_index, seed, t_min=config.t_min, strata=config.strata)
         check_tensor("t", t, torch.float32, (x0.shape[0],), x0.device)
-        noised: MaskedTokens = mask_tokens(
+        xt, masked, _, _ = mask_tokens(
             x0,
             LinearNoise().p_mask(t),
             mask_id=config.mask_id,
@@ -256,9 +262,9 @@ class DiffusionObjective:
             seed=seed,
             sample_index=sample_index,
         )
-        scored = noised.masked if config.loss_mask == "draw" else noised.xt == config.mask_id
-        scorable = predicted if maskable is None else predicted & maskable
-        return _Batch(noised.xt, scored & predicted, scorable, t)
+        if config.loss_mask == "equality":
+            masked = xt == config.mask_id
+        return _Batch(xt, masked & predicted, maskable & predicted, t)
 
 
 _CHECKED_HEADS: WeakSet[nn.Module] = WeakSet()
@@ -290,6 +296,11 @@ def _forward_to_loss(
         raise ValueError(
             f"the head is a {type(head).__name__} of an adapter, whose weight is not all of it: leave it out of "
             "target_modules, or train it whole by modules_to_save"
+        )
+    if causal_lm.config._attn_implementation != "diffullama":  # any other drops diffusion_mask without a word
+        raise ValueError(
+            f"the model's attention must be 'diffullama', got {causal_lm.config._attn_implementation!r}; "
+            "call diffullama_ext.integrations.prepare(model)"
         )
     softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
     made: list[tuple[Tensor, LossStats]] = []

@@ -51,8 +51,8 @@ DIFFULLAMA_HOST_DEVICE uint32_t confidence_bits(float confidence) {
   return ~ascending;
 }
 
-// The cut that admits every key of this rank value, whatever its position.
-DIFFULLAMA_HOST_DEVICE uint64_t cut_at(uint32_t descending_bits) { return rank_key(descending_bits, 0xffffffffu); }
+// The cut that admits every key of this rank value: positions are below 2^32 - 1, so it stays below kIneligible.
+DIFFULLAMA_HOST_DEVICE uint64_t cut_at(uint32_t descending_bits) { return rank_key(descending_bits, 0xfffffffeu); }
 
 DIFFULLAMA_HOST_DEVICE bool is_eligible(bool masked, int64_t token, float confidence) {
   return masked & (token >= 0) & (confidence == confidence);  // no branch: loops over it vectorise

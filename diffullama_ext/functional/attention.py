@@ -45,9 +45,13 @@ def attention(
     check_tensor("v", v, q.dtype, (batch, kv_heads, k_length, width), q.device)
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q must have a multiple of k's {kv_heads} heads, got {heads}")
+    if mask is not None and not isinstance(mask, AttentionMask):
+        raise TypeError(f"mask must be an AttentionMask (from_dense makes one), got {type(mask).__name__}")
+    if mask is not None and mask.device.type != q.device.type:
+        raise ValueError(f"mask must be on {q.device}, got {mask!r}")
     if mask is not None and (mask.q_length, mask.k_length) != (q_length, k_length):
         raise ValueError(f"mask must be for ({q_length}, {k_length}), got {mask!r}")
-    if mask is not None and mask.kind == "bits" and mask.words.shape[0] not in (1, batch):
+    if mask is not None and mask.kind == "bits" and mask.n_masks not in (1, batch):
         raise ValueError(f"mask must hold 1 or {batch} masks, got {mask!r}")
     if key_padding is not None:
         check_tensor("key_padding", key_padding, torch.bool, (batch, k_length), q.device)
@@ -74,7 +78,7 @@ def annealed_attention(
     key_padding: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """:func:`attention` under ``AttentionMask.annealed`` of q's length. Layers of one step share (seed, step) and the mask."""
+    """:func:`attention` under ``AttentionMask.annealed`` of q's length; every layer of a step gives the same (seed, step)."""
     check_tensor("q", q, FLOATS, ("B", "H", "L", "D"))
     mask = AttentionMask.annealed(q.shape[2], attn_mask_ratio, seed=seed, step=step, device=q.device)
     out = attention(q, k, v, mask, scale=scale, key_padding=key_padding, impl=impl)

@@ -34,8 +34,8 @@ def mask_tokens(
 ) -> MaskedTokens:
     """Absorbing forward process: each maskable token becomes ``mask_id`` with probability ``p_mask``.
 
-    The draw of a token is a function of (seed, sample_index, position) alone: it is the same in any batch, on any number
-    of devices, under recomputation and on CPU and CUDA, bit for bit. p_mask = 0 masks nothing, 1 everything.
+    The draw of a token is a function of (seed, sample_index, position) alone: it is the same in any batch, on any
+    number of devices, under recomputation and on CPU and CUDA, bit for bit. p_mask = 0 masks nothing, 1 everything.
 
     Args:
         x0: [B, L] int64 clean tokens.

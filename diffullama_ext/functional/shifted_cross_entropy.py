@@ -70,7 +70,7 @@ def _normalized(
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must have one element, got {list(normalizer.shape)}")
-        normalizer = normalizer.reshape(())
+        normalizer = normalizer.reshape(()).masked_fill(normalizer.reshape(()) == 0, 1)
     else:
         check_range("normalizer", normalizer, 0.0, math.inf, low_open=True)
     return stats.weighted_sum / normalizer
@@ -110,8 +110,8 @@ def shifted_cross_entropy(
     number, tensor itself; for counts taken over ranks and accumulation steps
     ============== ==================================================================================================
 
-    Nothing scored gives 0 with zero gradients. Ids outside [0, V) matter at scored positions only: IndexError on the CPU,
-    NaN on CUDA.
+    Nothing scored gives 0 with zero gradients. Ids outside [0, V) matter at scored positions only: IndexError on the
+    CPU, NaN on CUDA.
 
     Args:
         logits: [B, L, V] float.
@@ -178,9 +178,9 @@ def linear_shifted_cross_entropy(
 ) -> tuple[Tensor, LossStats]:
     """:func:`shifted_cross_entropy` of ``hidden @ lm_head_weight.T + bias``, without the logits.
 
-    Only the rows that predict a masked token are computed, ``chunk_rows`` at a time, with one chunk of logits alive; for
-    "mean" and "sum" the gradients are made in the forward, so nothing is computed twice ("none" computes the logits
-    again in the backward). The gradients of weight and bias accumulate in ``accum_dtype``.
+    Only the rows that predict a masked token are computed, ``chunk_rows`` at a time, with one chunk of logits alive.
+    For "mean" and "sum" the gradients are made in the forward, so nothing is computed twice ("none" computes the
+    logits again in the backward). The gradients of weight and bias accumulate in ``accum_dtype``.
 
     Args:
         hidden: [B, L, H] float, the last hidden states. Under autocast cast to its dtype, with weight and bias.

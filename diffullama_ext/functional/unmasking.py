@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of logits rows, and the choice of what to unmask."""
 
-import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -74,7 +74,7 @@ def token_stats(
     n_rows, vocab = logits.shape
     if vocab == 0:
         raise ValueError("logits must have at least one column, got [N, 0]")
-    check_range("temperature", temperature, 0.0, math.inf)
+    check_range("temperature", temperature, 0.0, sys.float_info.max)
     check_range("top_p", top_p, 0.0, 1.0, low_open=True)
     if top_k is not None:
         check_range("top_k", top_k, 1, 2**31 - 1)

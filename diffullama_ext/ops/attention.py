@@ -36,7 +36,7 @@ def _(
 def _dense_mask(
     q: Tensor, k: Tensor, words: Tensor | None, key_padding: Tensor | None, causal: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(additive mask broadcastable to [B, 1, Lq, Lk], rows [.., Lq, 1] that may attend to nothing), or None where all may.
+    """(additive mask broadcastable to [B, 1, Lq, Lk], rows [.., Lq, 1] that may attend to nothing), or Nones for full.
 
     Such rows are opened to every key, so that torch's softmax stays finite; the caller writes their zeros.
     """
@@ -55,8 +55,13 @@ def _dense_mask(
     return q.new_zeros(allowed.shape).masked_fill(~(allowed | empty), -torch.inf), empty
 
 
+def _last_dim_dense(x: Tensor) -> Tensor:
+    """torch's kernel takes any strides but assumes the last one is 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _group_heads(x: Tensor, group: int) -> Tensor:
-    return x if group == 1 else x.repeat_interleave(group, dim=1)
+    return _last_dim_dense(x if group == 1 else x.repeat_interleave(group, dim=1))
 
 
 @torch.library.impl("diffullama::attention", "CPU")
@@ -68,7 +73,9 @@ def _attention_cpu(
         return torch.zeros_like(q), lse
     bias, empty = _dense_mask(q, k, words, key_padding, causal)
     group = q.shape[1] // k.shape[1]
-    out, lse = _flash(q, _group_heads(k, group), _group_heads(v, group), 0.0, False, attn_mask=bias, scale=scale)
+    out, lse = _flash(
+        _last_dim_dense(q), _group_heads(k, group), _group_heads(v, group), 0.0, False, attn_mask=bias, scale=scale
+    )
     if empty is not None:
         out = out.masked_fill(empty, 0.0)
         lse = lse.masked_fill(empty.squeeze(-1), -torch.inf)
@@ -96,7 +103,9 @@ def _attention_backward_cpu(
         lse = lse.masked_fill(empty.squeeze(-1), torch.finfo(lse.dtype).max)
     group = q.shape[1] // k.shape[1]
     wide = (_group_heads(k, group), _group_heads(v, group))
-    dq, dk, dv = _flash_backward(dout, q, *wide, out, lse, 0.0, False, attn_mask=bias, scale=scale)
+    dq, dk, dv = _flash_backward(
+        _last_dim_dense(dout), _last_dim_dense(q), *wide, out, lse, 0.0, False, attn_mask=bias, scale=scale
+    )
     if group > 1:
         dk, dv = (x.unflatten(1, (-1, group)).sum(dim=2) for x in (dk, dv))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()

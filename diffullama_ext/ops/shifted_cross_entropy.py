@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.ops.diffullama.{shifted_cross_entropy, linear_shifted_nll, linear_shifted_cross_entropy} and their backwards."""
+"""torch.ops.diffullama.{shifted_cross_entropy, linear_shifted_nll, linear_shifted_cross_entropy}, with backwards."""
 
 from typing import Any
 
@@ -19,7 +19,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _(
     logits: Tensor, x0: Tensor, masked: Tensor, shift: bool, label_smoothing: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    return tuple(x0.new_empty(x0.shape, dtype=_wide(logits.dtype)) for _ in range(2))  # nll, lse
+    nll = x0.new_empty(x0.shape, dtype=_wide(logits.dtype))
+    return nll, torch.empty_like(nll)
 
 
 @torch.library.register_fake("diffullama::shifted_cross_entropy_backward")
@@ -169,8 +170,13 @@ def _(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sums = [hidden.new_empty((), dtype=_wide(hidden.dtype)) for _ in range(2)]
-    return (*sums, x0.new_empty(()), *_fake_grads(hidden, weight, accum_dtype, need_dhidden, need_dweight, need_dbias))
+    weighted_sum = hidden.new_empty((), dtype=_wide(hidden.dtype))
+    return (
+        weighted_sum,
+        torch.empty_like(weighted_sum),
+        x0.new_empty(()),
+        *_fake_grads(hidden, weight, accum_dtype, need_dhidden, need_dweight, need_dbias),
+    )
 
 
 def _save_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

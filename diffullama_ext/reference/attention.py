@@ -13,6 +13,19 @@ def attention(
     Returns (out [B, H, Lq, D] in q's dtype, lse [B, H, Lq] float32 or float64); computed in at least float32.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):  # the dtype is chosen already
+        return _attention(q, k, v, allowed, key_padding, scale, dtype)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None,
+    key_padding: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     group = q.shape[1] // k.shape[1]
     k, v = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))  # [B, H, Lk, D]
     scores = scale * (q.to(dtype) @ k.transpose(-2, -1))  # [B, H, Lq, Lk]

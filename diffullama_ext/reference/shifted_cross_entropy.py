@@ -17,6 +17,11 @@ def scored_tokens(masked: Tensor, shift: bool) -> Tensor:
     return scored
 
 
+def _only_scoring_rows(x: Tensor, scored: Tensor, shift: bool) -> Tensor:
+    """x [B, L, ...] with 0 in every row that scores nothing: a NaN there must not reach a gradient through 0 * NaN."""
+    return torch.where((scored.roll(-1, dims=1) if shift else scored)[..., None], x, 0.0)
+
+
 def _target_ids(x0: Tensor, scored: Tensor, vocab: int) -> Tensor:
     """x0 with unscored entries set to 0; an id outside the vocabulary at a scored one is an IndexError on the CPU."""
     ids = x0.masked_fill(~scored, 0)
@@ -34,9 +39,10 @@ def shifted_cross_entropy(
 ) -> Tensor:
     """Per-token negative log-likelihood [B, L] of x0 under logits [B, L, V], in at least float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scored = scored_tokens(masked, shift)
+    logits = _only_scoring_rows(logits, scored, shift)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    scored = scored_tokens(masked, shift)
     ids = _target_ids(x0, scored, logits.shape[-1])
     logp = torch.log_softmax(logits, dim=-1)  # [B, L, V]
     if shift:  # row i scores token i+1; row L-1 scores nothing
@@ -59,5 +65,7 @@ def linear_shifted_cross_entropy(
 ) -> Tensor:
     """The same for logits = hidden @ weight.T + bias; hidden [B, L, H], weight [V, H], bias [V]."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    hidden = _only_scoring_rows(hidden.to(dtype), scored_tokens(masked, shift), shift)
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtype is chosen already
+        logits = torch.nn.functional.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
     return shifted_cross_entropy(logits, x0, masked, shift, label_smoothing, softcap)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .philox import MASK32, TAG_TOKEN, TAG_UNMASK, philox, threshold32
 
-# Probabilities are drawn as integers: round(exp((logit - max) / temperature) * 2**MASS_BITS). Sums are then exact and order-free, and
-# 2**18 tokens of full mass still fit 62 bits. Mirrored in csrc/unmasking/unmasking_math.h.
+# Probabilities are drawn as integers, round(exp((logit - max) / temperature) * 2**MASS_BITS): sums are exact and
+# order-free, and 2**18 tokens of full mass still fit 62 bits. Mirrored in csrc/unmasking/unmasking_math.h.
 MASS_BITS = 44
 
 
@@ -54,7 +54,7 @@ def token_stats(
     forbid: int,
 ) -> tuple[Tensor, ...]:
     """See :func:`diffullama_ext.token_stats`; forbid < 0 forbids nothing. Computed in float64."""
-    n_rows, vocab = logits.shape
+    vocab = logits.shape[1]
     x = logits.double()
     if 0 <= forbid < vocab:
         x = x.clone()
@@ -120,26 +120,24 @@ def unmask(
     rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`diffullama_ext.unmask`; returns (xt, committed, remaining)."""
-    batch, length = xt.shape
+    length = xt.shape[1]
     eligible = masked & (token >= 0) & ~confidence.isnan()
     amount = amount[:, None]
     if rule == "random":
         group = torch.arange((length + 3) // 4, device=xt.device)[None, :]
         sample = sample_index[:, None]
-        words = philox(group, sample & MASK32, TAG_UNMASK, step.reshape(()) & MASK32, seed).reshape(batch, -1)[
-            :, :length
-        ]
+        words = philox(group, sample & MASK32, TAG_UNMASK, step.reshape(()) & MASK32, seed).flatten(1)[:, :length]
         rank = _rank(-words.double(), eligible)
         chosen = (words < threshold32(amount)) | (rank == 0)
     else:
         rank = _rank(confidence, eligible)
         if rule == "quota":
-            chosen = rank < amount.clamp(min=1)
+            chosen = rank < amount.nan_to_num(nan=1.0, posinf=length).clamp(min=1)
         elif rule == "threshold":
             chosen = (confidence >= amount) | (rank == 0)
         else:  # factor: the largest prefix with c_(n) >= 1 - f / (n + 1), n = 1, 2, ...
             passes = (confidence >= 1.0 - amount / (rank + 2.0)) & eligible
-            first_fail = torch.where(eligible & ~passes, rank, length).amin(dim=-1, keepdim=True)
-            chosen = rank < first_fail.clamp(min=1)
+            n_ranked_before_a_fail = torch.where(eligible & ~passes, rank, length).sort(dim=-1).values[:, :1]
+            chosen = rank < n_ranked_before_a_fail.clamp(min=1)
     committed = eligible & chosen
     return torch.where(committed, token, xt), committed, (masked & ~committed).sum(dim=-1)

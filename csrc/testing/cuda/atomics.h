@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Integer atomics. Fibers share one operating-system thread, so plain loads and stores are atomic; another thread may
+// run before each.
+#pragma once
+
+#include <type_traits>
+
+#include "../simulator.h"
+
+namespace simulator {
+
+template <class T, class F>
+T atomic(T* address, F&& next) {
+  scheduling_point();
+  const T old = *address;
+  *address = next(old);
+  return old;
+}
+
+// Wraps around like the device does.
+template <class T>
+T wrapping_add(T a, T b) {
+  return static_cast<T>(static_cast<std::make_unsigned_t<T>>(a) + static_cast<std::make_unsigned_t<T>>(b));
+}
+
+}  // namespace simulator
+
+#define SIMULATOR_ATOMIC(name, T, next) \
+  inline T name(T* address, T value) { \
+    return simulator::atomic(address, [=]([[maybe_unused]] T old) -> T { return next; }); \
+  }
+#define SIMULATOR_ATOMICS(T)                                                   \
+  SIMULATOR_ATOMIC(atomicMin, T, value < old ? value : old)                    \
+  SIMULATOR_ATOMIC(atomicMax, T, old < value ? value : old)                    \
+  SIMULATOR_ATOMIC(atomicAnd, T, old & value)                                  \
+  SIMULATOR_ATOMIC(atomicOr, T, old | value)                                   \
+  SIMULATOR_ATOMIC(atomicXor, T, old ^ value)                                  \
+  SIMULATOR_ATOMIC(atomicExch, T, value)                                       \
+  inline T atomicCAS(T* address, T compare, T value) {                         \
+    return simulator::atomic(address, [=](T old) -> T { return old == compare ? value : old; }); \
+  }
+SIMULATOR_ATOMICS(int)
+SIMULATOR_ATOMICS(unsigned)
+SIMULATOR_ATOMICS(unsigned long long)
+SIMULATOR_ATOMIC(atomicAdd, int, simulator::wrapping_add(old, value))
+SIMULATOR_ATOMIC(atomicAdd, unsigned, old + value)
+SIMULATOR_ATOMIC(atomicAdd, unsigned long long, old + value)
+SIMULATOR_ATOMIC(atomicSub, int, simulator::wrapping_add(old, -value))
+SIMULATOR_ATOMIC(atomicSub, unsigned, old - value)
+SIMULATOR_ATOMIC(atomicInc, unsigned, old >= value ? 0 : old + 1)
+#undef SIMULATOR_ATOMIC
+#undef SIMULATOR_ATOMICS
