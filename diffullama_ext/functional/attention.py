@@ -78,7 +78,7 @@ def annealed_attention(
     key_padding: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """:func:`attention` under ``AttentionMask.annealed`` of q's length; every layer of a step gives the same (seed, step)."""
+    """:func:`attention` under ``AttentionMask.annealed`` of q's length; the layers of a step share (seed, step)."""
     check_tensor("q", q, FLOATS, ("B", "H", "L", "D"))
     mask = AttentionMask.annealed(q.shape[2], attn_mask_ratio, seed=seed, step=step, device=q.device)
     out = attention(q, k, v, mask, scale=scale, key_padding=key_padding, impl=impl)

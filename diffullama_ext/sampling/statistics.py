@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the denoiser's logits to statistics of positions: the shift, the random keys, and which rows are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checks import check_range
+from ..functional import TokenStats, token_stats
+from .state import State, check_count
+
+
+@dataclass(frozen=True)
+class PositionStats:
+    """Draws a token at every position asked for, with the statistics of its distribution.
+
+    Attributes:
+        shift: position j is scored by logits row j - 1 instead of j.
+        temperature, top_k, top_p: of the draw, see :func:`diffullama_ext.token_stats`.
+    """
+
+    shift: bool
+    temperature: float
+    top_k: int | None
+    top_p: float
+
+    def __post_init__(self) -> None:
+        check_range("temperature", self.temperature, 0.0, math.inf)
+        check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        if self.top_k is not None:
+            check_count("top_k", self.top_k)
+
+    def __call__(self, logits: Tensor, rows: Tensor, state: State, *, gather: bool) -> TokenStats:
+        """Statistics of the positions ``rows`` (bool [B, L]), each field [B, L]; token -1 and NaN elsewhere.
+
+        Args:
+            logits: float [B, L, V].
+            gather: read only the logits rows asked for, which makes the host wait for their number; otherwise read all,
+                which costs a GPU less than the wait.
+        """
+        batch, length, vocab = logits.shape
+        flat = logits.reshape(batch * length, vocab)
+        shift = int(self.shift)
+        # The key of a draw is (sample, position): the same in any batch and behind any padding.
+        key = (state.sample_index[:, None] << 32) + torch.arange(length, device=rows.device)
+        key, current, rows = key.flatten(), state.xt.flatten(), rows.flatten()
+        if gather:
+            at = rows.nonzero().squeeze(1)
+            stats = self._draw(flat[at - shift], key[at], current[at], state)
+            token = current.new_full((batch * length,), -1).index_copy(0, at, stats.token)
+            values = torch.stack(stats[1:])
+            values = values.new_full((len(values), batch * length), torch.nan).index_copy(1, at, values)
+        else:
+            # With a shift the last logits row of a sample meets the next one's position 0, which is never asked for.
+            stats = self._draw(flat, key.roll(-shift), current.roll(-shift), state)
+            token = torch.where(rows, stats.token.roll(shift), -1)
+            values = torch.where(rows, torch.stack(stats[1:]).roll(shift, 1), torch.nan)
+        return TokenStats(token.view(batch, length), *values.view(-1, batch, length))
+
+    def _draw(self, logits: Tensor, row_index: Tensor, current: Tensor, state: State) -> TokenStats:
+        stats = token_stats(
+            logits,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            forbid=state.mask_id if state.mask_id < logits.shape[1] else None,
+            seed=state.seed,
+            step=state.step,
+            row_index=row_index,
+            current=current,
+        )
+        # A greedy draw is certain: its confidence is the model's, as in DiffuLLaMA and Dream at temperature 0.
+        return stats._replace(sample_prob=stats.prob) if self.temperature == 0 else stats
