@@ -32,17 +32,18 @@ STABLE_TORCH_LIBRARY(diffullama, m) {
       "shifted_cross_entropy_backward(Tensor dnll, Tensor logits, Tensor lse, Tensor x0, Tensor masked, bool shift,"
       " float label_smoothing, float softcap) -> Tensor dlogits");
 
-  // --- the same from hidden [B, L, H] and weight [V, H], without the logits; chunk_rows 0 chooses by V
+  // --- the same from hidden [B, L, H] and weight [V, H], without the logits; chunk_rows 0 chooses by V;
+  // max_scored bounds the scored tokens where the host knows one (-1: it asks the device)
   m.def(
       "linear_shifted_nll(Tensor hidden, Tensor weight, Tensor? bias, Tensor x0, Tensor masked, bool shift,"
-      " float label_smoothing, float softcap, int chunk_rows, ScalarType accum_dtype) -> Tensor nll");
+      " float label_smoothing, float softcap, int chunk_rows, ScalarType accum_dtype, int max_scored) -> Tensor nll");
   m.def(
       "linear_shifted_nll_backward(Tensor dnll, Tensor hidden, Tensor weight, Tensor? bias, Tensor x0, Tensor masked,"
-      " bool shift, float label_smoothing, float softcap, int chunk_rows, ScalarType accum_dtype, bool need_dhidden,"
+      " bool shift, float label_smoothing, float softcap, int chunk_rows, ScalarType accum_dtype, int max_scored, bool need_dhidden,"
       " bool need_dweight, bool need_dbias) -> (Tensor dhidden, Tensor dweight, Tensor dbias)");
   m.def(
       "linear_shifted_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor x0, Tensor masked,"
-      " Tensor loss_weight, bool shift, float label_smoothing, float softcap, int chunk_rows, ScalarType accum_dtype,"
+      " Tensor loss_weight, bool shift, float label_smoothing, float softcap, int chunk_rows, ScalarType accum_dtype, int max_scored,"
       " bool need_dhidden, bool need_dweight, bool need_dbias)"
       " -> (Tensor weighted_sum, Tensor nll_sum, Tensor count, Tensor dhidden, Tensor dweight, Tensor dbias)");
 

@@ -4,6 +4,7 @@
 A test that takes ``impl`` and ``device`` runs as reference-cpu, reference-cuda, ext-cpu and ext-cuda; one that takes
 only ``device`` runs on cpu and cuda. Tests marked ``ext`` (all ext-* cases, and those about the compiled ops as such)
 are skipped while the compiled library is absent and fail under --require-ext; ``cuda`` works so with --require-cuda.
+Where DIFFULLAMA_CPU_LIBRARY names the simulated library (docs/simulator.md), ext-cpu cases run the CUDA kernels.
 """
 
 import os
@@ -14,7 +15,8 @@ from hypothesis import settings
 
 from diffullama_ext import build_info
 
-CUDA_KERNELS = ("mask_tokens",)  # what diffullama_cuda must hold; the other ops may run their reference on CUDA
+CUDA_KERNELS = {"linear_shifted_cross_entropy", "mask_tokens", "shifted_cross_entropy"}
+SIMULATED = "CPU library" in build_info()
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=60)
 settings.load_profile("repeatable")
@@ -56,6 +58,8 @@ def _missing_kernel(item: pytest.Item) -> tuple[str, bool] | None:
     if op is None:
         return None
     (name,) = op.args
+    if SIMULATED and not on_cuda and name not in CUDA_KERNELS:
+        return f"the simulated library has no CUDA kernel of {name}", False
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"diffullama::{name}", "CUDA" if on_cuda else "CPU"):
         return None
     return f"{kernels}: this build has none of {name}", not on_cuda or name in CUDA_KERNELS
@@ -68,6 +72,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("ext") and (missing := _missing_kernel(item)):
         reason, required = missing
         pytest.fail(reason) if required and item.config.getoption("--require-ext") else pytest.skip(reason)
+
+
+@pytest.fixture
+def reads_values(impl: str, device: str) -> bool:
+    """Whether a bad value inside a tensor raises: a kernel on CUDA, or simulated, never waits to look."""
+    return device == "cpu" and not (SIMULATED and impl == "ext")
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,8 @@
 //   d nll / d z[v] = softmax(z)[v] - (1 - s) [v = y] - s / V
 #pragma once
 
+#include <cstdint>
+
 #include "../common/macros.h"
 
 namespace diffullama {
@@ -14,7 +16,7 @@ DIFFULLAMA_HOST_DEVICE Acc row_nll(Acc lse, Acc target_logit, Acc mean_logit, Ac
 }
 
 // Row of logits that scores token j, by the shift.
-DIFFULLAMA_HOST_DEVICE long scoring_row(long j, bool shift) { return shift ? j - 1 : j; }
+DIFFULLAMA_HOST_DEVICE int64_t scoring_row(int64_t j, bool shift) { return shift ? j - 1 : j; }
 
 // Derivative of softcap * tanh(z / softcap) in terms of its value.
 template <class Acc>

@@ -174,6 +174,7 @@ def linear_shifted_cross_entropy(
     softcap: float | None = None,
     accum_dtype: torch.dtype = torch.float32,
     chunk_rows: int | None = None,
+    max_scored: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, LossStats]:
     """:func:`shifted_cross_entropy` of ``hidden @ lm_head_weight.T + bias``, without the logits.
@@ -187,6 +188,9 @@ def linear_shifted_cross_entropy(
         lm_head_weight: [V, H]; bias: [V]; of hidden's dtype.
         accum_dtype: float32 or float64 (raised to float64 for float64 inputs).
         chunk_rows: rows of logits alive at once; None chooses by V. The loss does not depend on it beyond rounding.
+        max_scored: a number that the scored tokens do not exceed, known to the host; on CUDA it spares asking the
+            device, which waits for the model, and makes the op capturable. Too small a one raises on the CPU and gives
+            NaN on CUDA.
         The rest as in :func:`shifted_cross_entropy`.
 
     Returns:
@@ -207,7 +211,9 @@ def linear_shifted_cross_entropy(
         raise ValueError(f"accum_dtype must be torch.float32 or torch.float64, got {accum_dtype}")
     if chunk_rows is not None:
         check_range("chunk_rows", chunk_rows, 1, 2**31 - 1)
-    cap = softcap or 0.0
+    if max_scored is not None:
+        check_range("max_scored", max_scored, 0, 2**63 - 1)
+    cap, bound = softcap or 0.0, -1 if max_scored is None else max_scored
     if not use_kernel("linear_shifted_cross_entropy", device, impl):
         nll = reference.shifted_cross_entropy.linear_shifted_cross_entropy(
             hidden, lm_head_weight, bias, x0, masked, shift, label_smoothing, cap
@@ -218,7 +224,7 @@ def linear_shifted_cross_entropy(
     accum_dtype = torch.promote_types(accum_dtype, wide)
     if reduction == "none":
         nll = backend.linear_shifted_nll(
-            hidden, lm_head_weight, bias, x0, masked, shift, label_smoothing, cap, chunk_rows or 0, accum_dtype
+            hidden, lm_head_weight, bias, x0, masked, shift, label_smoothing, cap, chunk_rows or 0, accum_dtype, bound
         )
         return _reduced(nll, masked, loss_weight, maskable, shift, normalizer, reduction)
     weight = _token_weight(loss_weight, masked, wide)
@@ -226,7 +232,18 @@ def linear_shifted_cross_entropy(
         weight = _sequence_weight(weight, masked, maskable, shift)
     stats = LossStats(
         *backend.linear_shifted_cross_entropy(
-            hidden, lm_head_weight, bias, x0, masked, weight, shift, label_smoothing, cap, chunk_rows or 0, accum_dtype
+            hidden,
+            lm_head_weight,
+            bias,
+            x0,
+            masked,
+            weight,
+            shift,
+            label_smoothing,
+            cap,
+            chunk_rows or 0,
+            accum_dtype,
+            bound,
         )
     )
     loss = stats.weighted_sum if reduction == "sum" else _normalized(stats, normalizer, masked, maskable, shift)

@@ -76,6 +76,7 @@ def _(
     softcap: float,
     chunk_rows: int,
     accum_dtype: torch.dtype,
+    max_scored: int,
 ) -> Tensor:
     return x0.new_empty(x0.shape, dtype=_wide(hidden.dtype))
 
@@ -84,7 +85,7 @@ def _fake_grads(
     hidden: Tensor, weight: Tensor, accum_dtype: torch.dtype, need_dhidden: bool, need_dweight: bool, need_dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        hidden.new_empty(hidden.shape if need_dhidden else (0,), dtype=_wide(hidden.dtype)),
+        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
         weight.new_empty(weight.shape if need_dweight else (0,), dtype=accum_dtype),
         hidden.new_empty((weight.shape[0] if need_dbias else 0,), dtype=accum_dtype),
     )
@@ -103,6 +104,7 @@ def _(
     softcap: float,
     chunk_rows: int,
     accum_dtype: torch.dtype,
+    max_scored: int,
     need_dhidden: bool,
     need_dweight: bool,
     need_dbias: bool,
@@ -126,7 +128,7 @@ def _backward_linear(ctx: Any, dnll: Tensor) -> tuple[Tensor | None, ...]:
         dnll, hidden, weight, bias, x0, masked, *ctx.options, *grads
     )
     inputs = ((dhidden, hidden), (dweight, weight), (dbias, bias))
-    return (*(_cast(d, x, needed) for (d, x), needed in zip(inputs, grads, strict=True)), *(None,) * 7)
+    return (*(_cast(d, x, needed) for (d, x), needed in zip(inputs, grads, strict=True)), *(None,) * 8)
 
 
 torch.library.register_autograd("diffullama::linear_shifted_nll", _backward_linear, setup_context=_save_linear)
@@ -143,10 +145,11 @@ def linear_shifted_nll(
     softcap: float,
     chunk_rows: int,
     accum_dtype: torch.dtype,
+    max_scored: int,
 ) -> Tensor:
     """nll [B, L]; differentiable in hidden, weight and bias (the backward computes the logits again)."""
     return torch.ops.diffullama.linear_shifted_nll.default(
-        hidden, weight, bias, x0, masked, shift, label_smoothing, softcap, chunk_rows, accum_dtype
+        hidden, weight, bias, x0, masked, shift, label_smoothing, softcap, chunk_rows, accum_dtype, max_scored
     )
 
 
@@ -166,6 +169,7 @@ def _(
     softcap: float,
     chunk_rows: int,
     accum_dtype: torch.dtype,
+    max_scored: int,
     need_dhidden: bool,
     need_dweight: bool,
     need_dbias: bool,
@@ -189,11 +193,11 @@ def _save_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _backward_fused(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
-        return (None,) * 14
+        return (None,) * 15
     triples = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     return (
         *((grad * dloss.to(grad.dtype)).to(dtype) if needed else None for grad, dtype, needed in triples),
-        *(None,) * 11,
+        *(None,) * 12,
     )
 
 
@@ -212,11 +216,12 @@ def linear_shifted_cross_entropy(
     softcap: float,
     chunk_rows: int,
     accum_dtype: torch.dtype,
+    max_scored: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of loss_weight * nll, sum of nll, number scored), scalars; the first is differentiable."""
     inputs = (hidden, weight, bias)
     grads = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     weighted_sum, nll_sum, count, *_ = torch.ops.diffullama.linear_shifted_cross_entropy.default(
-        *inputs, x0, masked, loss_weight, shift, label_smoothing, softcap, chunk_rows, accum_dtype, *grads
+        *inputs, x0, masked, loss_weight, shift, label_smoothing, softcap, chunk_rows, accum_dtype, max_scored, *grads
     )
     return weighted_sum, nll_sum, count

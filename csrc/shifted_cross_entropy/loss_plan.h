@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launch plans of the loss kernels. V columns; one block a row of logits.
+#pragma once
+
+#include "../common/kernel_plan.h"
+
+namespace diffullama {
+
+constexpr int kLossThreads = 512;
+constexpr int kVectorBytes = 16;  // of one load
+
+// 16-byte vectors of a row that a thread keeps in registers between the reduction and the gradient: 4, 8 or 16, or 0
+// where the row is too long (or its rows are not aligned) and is read again, from L2.
+inline int resident_vectors(int64_t V, int element_size, bool aligned) {
+  const int64_t needed = ceil_div(V * element_size, int64_t{kVectorBytes} * kLossThreads);
+  if (!aligned || needed > 16) return 0;
+  return needed <= 4 ? 4 : needed <= 8 ? 8 : 16;
+}
+
+// The fused pass over a chunk of n rows: read once, gradient written in place.
+inline KernelPlan plan_chunk_loss(int64_t n, int64_t V, int element_size, bool with_grad) {
+  KernelPlan plan{with_grad ? "chunk_gradient_kernel" : "chunk_nll_kernel"};
+  plan.grid = n;
+  plan.block = kLossThreads;
+  plan.bytes = n * V * element_size * (with_grad ? 2 : 1);
+  return plan;
+}
+
+// The linear loss with both gradients over n scored rows: three GEMMs; weights, hidden and fp32 dW touched once a
+// chunk.
+inline KernelPlan plan_linear_loss(int64_t n, int64_t H, int64_t V, int64_t chunk_rows, int element_size) {
+  KernelPlan plan = plan_chunk_loss(chunk_rows, V, element_size, true);
+  plan.flops = 6 * n * H * V;
+  const int64_t chunks = ceil_div(n, chunk_rows);
+  plan.bytes = n * V * element_size * 5 + chunks * V * H * (2 * element_size + 8) + 4 * n * H * element_size;
+  return plan;
+}
+
+}  // namespace diffullama
