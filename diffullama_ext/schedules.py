@@ -37,11 +37,15 @@ class AttentionAnnealing:
         return 1.0 if self.anneal_steps == 0 else min(1.0, (step + 1) / self.anneal_steps)
 
 
-def commit_quota(n_masked: Tensor, steps_left: int) -> Tensor:
+def commit_quota(n_masked: Tensor, steps_left: int | Tensor) -> Tensor:
     """Tokens to commit now so that the rest can be spread evenly over the steps left: ceil(n_masked / steps_left).
 
     Applied step after step, it commits every token in exactly ``steps_left`` steps or fewer, for any numbers.
+
+    Args:
+        n_masked: [B] int64.
+        steps_left: at least 1; an int, or int64 [B] (whose values are not looked at).
     """
-    if steps_left < 1:
+    if isinstance(steps_left, int) and steps_left < 1:
         raise ValueError(f"steps_left must be at least 1, got {steps_left}")
     return -(-n_masked // steps_left)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import check_range, check_tensor
 from ..functional.random import index_tensor, seed_tensor
+from ..schedules import commit_quota
 
 
 def check_count(name: str, value: object, *, at_least: int = 1) -> None:
@@ -123,8 +124,8 @@ class State:
         self.steps_left = (through * self.steps // n_maskable.clamp(min=1) - step).clamp(min=1)
 
     def quota(self) -> Tensor:
-        """Tokens to commit now so that the current block ends on schedule: schedules.commit_quota row by row; [B]."""
-        return -(-self.active.sum(dim=1) // self.steps_left)
+        """Tokens to commit now so that the current block of each row ends on schedule, [B]."""
+        return commit_quota(self.active.sum(dim=1), self.steps_left)
 
     def apply(self, token: Tensor, decision: Decision) -> Decision:
         """Write a decision, and return what was written: never a position without a token, never a fixed one."""
