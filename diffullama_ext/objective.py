@@ -161,8 +161,8 @@ class DiffusionObjective:
         Args:
             model: an adapted model, or a wrapper of one.
             x0: [B, L] int64 clean tokens.
-            maskable: [B, L] bool, False protects prompts; None means all. Padding is never maskable.
-            attention_mask: [B, L] bool or int, 0 for padding (on either side); None means no padding.
+            maskable: [B, L] bool, False protects prompts; None means all.
+            attention_mask: [B, L] bool or int, 0 for padding (on either side), which is not scored; None means none.
             attn_mask_ratio: 0 causal ... 1 bidirectional, or float32 [1] on the device.
             seed, step: ints or int64 [1]; t and the noise depend on (seed, sample_index), the attention mask on
                 (seed, step).
@@ -175,7 +175,6 @@ class DiffusionObjective:
         inputs = {
             "input_ids": batch.xt,
             "diffusion_mask": AttentionMask.annealed(length, attn_mask_ratio, seed=seed, step=step, device=x0.device),
-            "use_cache": False,
             "logits_to_keep": 1,  # the model's own logits are not used
         }
         if attention_mask is not None:
@@ -233,7 +232,6 @@ class DiffusionObjective:
         if attention_mask is not None:
             check_tensor("attention_mask", attention_mask, (torch.bool, torch.int64), tuple(x0.shape), x0.device)
             predicted &= attention_mask.bool()
-            maskable = maskable & predicted
         if self.config.shift:
             predicted[:, 1:] &= predicted[:, :-1].clone()
             predicted[:, :1] = False
@@ -291,7 +289,7 @@ def _forward_to_loss(
     see it (prepend): DDP and FSDP2 arrange their backward by the tensors that the forward returns.
     """
     causal_lm = _causal_lm(model)
-    head = causal_lm.get_output_embeddings()
+    decoder, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
     if hasattr(head, "base_layer"):
         raise ValueError(
             f"the head is a {type(head).__name__} of an adapter, whose weight is not all of it: leave it out of "
@@ -314,12 +312,13 @@ def _forward_to_loss(
             expected.append(softcap * torch.tanh(logits / softcap) if softcap else logits)
 
     def at_model(module: nn.Module, args: object, output: Any) -> tuple[Tensor, ...]:
+        if not made:
+            raise ValueError(f"the forward of {type(causal_lm).__name__} does not call its {type(decoder).__name__}")
         if expected:
             _check_head(causal_lm, expected[0], output.logits)
         loss, stats = made[0]
         return (loss, *stats)
 
-    decoder = getattr(causal_lm, causal_lm.base_model_prefix)
     handles = (decoder.register_forward_hook(at_decoder), causal_lm.register_forward_hook(at_model, prepend=True))
     try:
         loss, *stats = model(**inputs)

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers.Trainer with the masked diffusion objective."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..integrations import DiffusionConfig
+from ..objective import DiffusionObjective, ObjectiveConfig, ObjectiveOutput
+from ..schedules import AttentionAnnealing
+from .collator import DiffusionCollator
+from .numbering import NumberedDataset, NumberedSampler
+
+EVAL_SEED = 2**63 - 1  # of the noise of evaluation; no seed that people give a training run
+
+
+def _numbered(dataset: Any) -> Any:
+    """``dataset`` with its samples numbered, each one of a dict of datasets; one without a length is left as it is."""
+    if isinstance(dataset, dict):
+        return {name: _numbered(part) for name, part in dataset.items()}
+    return (
+        dataset if isinstance(dataset, NumberedDataset) or not hasattr(dataset, "__len__") else NumberedDataset(dataset)
+    )
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch. accelerate does so too, but not through the loader of a resumed distributed run."""
+
+    def __init__(self, trainer: DiffusionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """state.epoch counts fractions of epochs; it is whole, or resumed, here."""
+        if self.trainer.train_sampler is not None:
+            self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+
+class DiffusionTrainer(Trainer):
+    """``transformers.Trainer`` for models adapted with :func:`diffullama_ext.integrations.adapt`.
+
+    What differs from Trainer:
+
+    - The loss is :class:`diffullama_ext.objective.DiffusionObjective` with the attention annealed by optimiser step.
+      Its denominator is counted over the accumulation window and all processes (``average_tokens_across_devices``), for
+      every normaliser: neither changes with the micro-batch size.
+    - The noise of a sample depends on (args.seed, its place in the stream of training samples); the order of samples on
+      (args.data_seed or args.seed, epoch). Both are the same for any number of processes and after a resume.
+    - Evaluation is bidirectional, on noise that depends on (eval_seed, place in the dataset) only: ``eval_loss`` in the
+      config's normaliser, over the whole set, and ``eval_masked_nll``, the plain mean over masked tokens. (On several
+      processes accelerate fills an uneven last batch with the first samples again, in training and evaluation alike.)
+    - Examples hold ``input_ids`` and optionally ``attention_mask`` and ``maskable``: see :class:`DiffusionCollator`. An
+      iterable dataset (no length) must number its samples itself, under ``sample_index``.
+
+    Args:
+        model: adapted and prepared; peft may wrap it.
+        args: of transformers; ``train_sampling_strategy`` "random" or "sequential".
+        objective: None takes mask_id and shift from the model's config, and the defaults of ObjectiveConfig.
+        anneal_steps: None takes the model's config.
+        eval_seed: of the noise in evaluation.
+        kwargs: of Trainer (train_dataset, eval_dataset, processing_class, data_collator, callbacks, ...).
+
+    Checkpoints are plain transformers models.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole accumulation window
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        objective: ObjectiveConfig | None = None,
+        anneal_steps: int | None = None,
+        eval_seed: int = EVAL_SEED,
+        **kwargs: Any,
+    ) -> None:
+        if args is not None and args.n_gpu > 1:
+            raise ValueError(f"one process drives one GPU, got {args.n_gpu}; launch with torchrun or accelerate")
+        strategy = getattr(args, "train_sampling_strategy", "random")
+        if strategy not in ("random", "sequential"):
+            raise ValueError(f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func must be None; the loss is that of `objective`")
+        for name in ("train_dataset", "eval_dataset"):
+            kwargs[name] = _numbered(kwargs.get(name))
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = DiffusionCollator(
+                getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0
+            )
+        self.train_sampler: NumberedSampler | None = None
+        super().__init__(model, args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # so that Trainer counts, by _get_num_items_in_batch, before the loss
+        diffusion = DiffusionConfig.of(cast(PreTrainedModel, self.model))
+        self.diffusion_objective = DiffusionObjective(
+            objective or ObjectiveConfig(diffusion.mask_id, shift=diffusion.shift)
+        )
+        self.annealing = AttentionAnnealing(diffusion.anneal_steps if anneal_steps is None else anneal_steps)
+        self.eval_seed = eval_seed
+        self._sums = self._zero_sums()
+        self.add_callback(_SetEpoch(self))
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if not hasattr(dataset, "__len__"):
+            return None
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        shuffle = getattr(self.args, "train_sampling_strategy", "random") == "random"
+        self.train_sampler = NumberedSampler(len(dataset), shuffle=shuffle, seed=seed)
+        return self.train_sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        return NumberedSampler(len(eval_dataset), shuffle=False) if hasattr(eval_dataset, "__len__") else None
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Of Trainer, with the samples numbered."""
+        return super().get_eval_dataloader(eval_dataset if isinstance(eval_dataset, str) else _numbered(eval_dataset))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "attention_mask", "maskable", "sample_index"]  # type: ignore[assignment]
+
+    # --- loss ---------------------------------------------------------------------------------------------------------
+
+    def _noise(self, inputs: dict[str, Tensor], seed: int) -> dict[str, Any]:
+        """Of what the objective's draw of a batch depends on, everything but x0."""
+        given = {name: inputs.get(name) for name in ("maskable", "attention_mask", "sample_index")}
+        return {**given, "seed": seed}
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
+        """The denominator of one optimiser step, over its micro-batches and all processes."""
+        if not batch_samples:
+            return None
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        for inputs in map(self._prepare_inputs, batch_samples):
+            count += self.diffusion_objective.denominator(inputs["input_ids"], **self._noise(inputs, self.args.seed))
+        return self.accelerator.reduce(count, reduction="sum") if self.args.average_tokens_across_devices else count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, ObjectiveOutput]:
+        """This micro-batch's share of the loss of the optimiser step (of its own batch without num_items_in_batch)."""
+        output = self.diffusion_objective(
+            model,
+            inputs["input_ids"],
+            attn_mask_ratio=self.annealing(self.state.global_step),
+            step=self.state.global_step,
+            **self._noise(inputs, self.args.seed),
+        )
+        self._sums += torch.stack([output.stats.nll_sum, output.stats.count]).double()
+        loss = output.loss
+        if num_items_in_batch is not None:
+            loss = output.stats.weighted_sum / torch.as_tensor(num_items_in_batch).clamp(min=1)
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, this makes a sum
+        return (loss, output) if return_outputs else loss
+
+    def _zero_sums(self, size: int = 2) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64, device=self.args.device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Of Trainer; adds to the training loss the mean over masked tokens and the attention's ratio."""
+        if "loss" in logs:
+            nll_sum, count = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+            logs["masked_nll"] = nll_sum / max(count, 1)
+            logs["attn_mask_ratio"] = self.annealing(max(self.state.global_step - 1, 0))
+            self._sums = self._zero_sums()
+        super().log(logs, *args, **kwargs)
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """(loss of the batch, None, None); a diffusion model has no logits of a whole batch to hand on."""
+        inputs = self._prepare_inputs(inputs)
+        noise = self._noise(inputs, self.eval_seed)
+        with torch.no_grad():
+            output = self.diffusion_objective(model, inputs["input_ids"], **noise)
+        denominator = self.diffusion_objective.denominator(inputs["input_ids"], **noise)
+        stats = output.stats
+        self._eval_sums += torch.stack([stats.weighted_sum, denominator, stats.nll_sum, stats.count]).double()
+        return output.loss, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Of Trainer, whose mean over batches is replaced by the quotient of sums over the whole set."""
+        self._eval_sums = self._zero_sums(4)
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        weighted, denominator, nll_sum, count = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
+        metrics = output.metrics or {}
+        metrics[f"{metric_key_prefix}_loss"] = weighted / max(denominator, 1)
+        metrics[f"{metric_key_prefix}_masked_nll"] = nll_sum / max(count, 1)
+        return output._replace(metrics=metrics)

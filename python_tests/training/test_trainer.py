@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DiffusionTrainer: what may not change the run, and what comes out of it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from peft import LoraConfig, get_peft_model
+from tiny_models import MASK_ID, VOCAB, causal_lm
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+
+from diffullama_ext.integrations import DiffusionConfig, adapt
+from diffullama_ext.objective import DiffusionObjective, ObjectiveConfig, draw_t
+from diffullama_ext.schedules import AttentionAnnealing
+from diffullama_ext.training import DiffusionCollator, DiffusionTrainer, NumberedDataset, NumberedSampler
+
+ANNEAL_STEPS = 5
+
+
+def examples(n: int = 18) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(3, 15, (n,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(VOCAB, (length,), generator=generator).tolist()} for length in lengths]
+
+
+def adapted(family: str = "llama", **overrides: Any) -> PreTrainedModel:
+    return adapt(causal_lm(family, **overrides), mask_token=MASK_ID, anneal_steps=ANNEAL_STEPS)
+
+
+def arguments(path: Path, **changed: Any) -> TrainingArguments:
+    given = {
+        "output_dir": str(path),
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 3,
+        "max_steps": 7,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**given | changed)
+
+
+def trained(
+    path: Path, model: PreTrainedModel | None = None, resume: str | None = None, **changed: Any
+) -> DiffusionTrainer:
+    own = {name: changed.pop(name) for name in ("objective", "eval_seed", "anneal_steps") if name in changed}
+    data = changed.pop("train_dataset", None) or examples()
+    trainer = DiffusionTrainer(
+        model or adapted(), arguments(path, **changed), train_dataset=data, eval_dataset=examples()[:7], **own
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def curve(trainer: DiffusionTrainer, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(trainer: DiffusionTrainer) -> list[Tensor]:
+    return [p.detach() for p in trainer.model.parameters()]
+
+
+# --- the loss of a step -----------------------------------------------------------------------------------------------
+
+
+def stream(n: int, size: int = 18, seed: int = 42) -> list[tuple[int, int]]:
+    """(number, index) of the first n samples of a run, from the contract: a permutation by (seed, epoch)."""
+    order: list[tuple[int, int]] = []
+    while len(order) < n:
+        epoch = len(order) // size
+        permutation = torch.randperm(size, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        order += [(epoch * size + place, index) for place, index in enumerate(permutation)]
+    return order[:n]
+
+
+def test_each_step_is_the_objective_under_the_annealed_mask(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, max_steps=6, learning_rate=0.0)
+    objective, data = DiffusionObjective(ObjectiveConfig(MASK_ID)), examples()
+    batches = [4, 4, 4, 4, 2, 4]  # 18 samples, then the next epoch
+    numbered, model = stream(sum(batches)), adapted().train()
+    for step, size in enumerate(batches):
+        taken, numbered = numbered[:size], numbered[size:]
+        batch = DiffusionCollator()([data[index] | {"sample_index": number} for number, index in taken])
+        out = objective(
+            model,
+            batch.pop("input_ids"),
+            seed=42,
+            step=step,
+            attn_mask_ratio=AttentionAnnealing(ANNEAL_STEPS)(step),
+            **batch,
+        )
+        assert curve(trainer)[step] == pytest.approx(out.loss.item(), rel=1e-5)
+        assert curve(trainer, "masked_nll")[step] == pytest.approx(
+            (out.stats.nll_sum / out.stats.count).item(), rel=1e-5
+        )
+    assert curve(trainer, "attn_mask_ratio") == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("normalizer", ["tokens", "masked", "sequence", "batch"])
+def test_the_micro_batch_size_changes_nothing(normalizer: str, tmp_path: Path) -> None:
+    config = ObjectiveConfig(MASK_ID, normalizer=normalizer, strata=4)
+    whole = trained(tmp_path, objective=config)
+    for size in (2, 1):
+        split = trained(
+            tmp_path, objective=config, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size
+        )
+        assert curve(split) == pytest.approx(curve(whole), rel=1e-4)
+        for a, b in zip(weights(split), weights(whole), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    constant = [{"input_ids": [word] * 12} for word in range(10, 26)]
+    nll = curve(trained(tmp_path, max_steps=40, train_dataset=constant, anneal_steps=10), "masked_nll")
+    assert sum(nll[-10:]) < 0.5 * sum(nll[:10])
+
+
+def test_resume_continues_bit_for_bit(tmp_path: Path) -> None:
+    changed = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 9}
+    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1}
+    whole = trained(tmp_path, adapted("gpt2", **dropout), **changed)
+    for checkpoint in ("checkpoint-3", "checkpoint-6"):  # inside the first and the second epoch
+        resumed = trained(tmp_path, adapted("gpt2", **dropout), resume=str(tmp_path / checkpoint), **changed)
+        assert curve(resumed) == curve(whole)
+        assert curve(resumed, "eval_loss") == curve(whole, "eval_loss")
+        assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(whole), strict=True))
+
+
+def run_in_processes(path: Path, count: int, **changed: Any) -> tuple[list[float], list[Tensor]]:
+    """(losses, weights) of ``count`` processes that share the batch."""
+    code = f"""
+import sys; sys.path += {sys.path!r}
+import torch
+from pathlib import Path
+from test_trainer import curve, examples, trained, weights
+trainer = trained(Path({str(path)!r}), train_dataset=examples(16), **{changed!r})
+if trainer.args.process_index == 0:
+    torch.save((curve(trainer), weights(trainer)), {str(path / "run.pt")!r})
+"""
+    with socket.create_server(("localhost", 0)) as probe:
+        port = probe.getsockname()[1]
+    shared = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    processes = [
+        subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0] * count
+    return torch.load(path / "run.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_continue_the_run_of_one(tmp_path: Path) -> None:
+    """From the middle of the second epoch into the third."""
+    single = trained(tmp_path, train_dataset=examples(16), max_steps=10, save_strategy="steps", save_steps=6)
+    losses, parameters = run_in_processes(
+        tmp_path, 2, max_steps=10, per_device_train_batch_size=2, resume=str(tmp_path / "checkpoint-6")
+    )
+    assert losses == pytest.approx(curve(single), rel=1e-4)
+    for a, b in zip(parameters, weights(single), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    assert curve(trained(tmp_path, seed=1)) != curve(trained(tmp_path, seed=2))
+
+
+def test_the_data_seed_alone_orders_the_data(tmp_path: Path) -> None:
+    def order(**seeds: int) -> list[Tensor]:
+        trainer = DiffusionTrainer(adapted(), arguments(tmp_path, **seeds), train_dataset=examples())
+        return [row for batch in trainer.get_train_dataloader() for row in batch["input_ids"][:, :3].unbind()]
+
+    assert torch.equal(torch.stack(order(seed=1, data_seed=9)), torch.stack(order(seed=2, data_seed=9)))
+    assert torch.equal(torch.stack(order(seed=9)), torch.stack(order(seed=2, data_seed=9)))
+    assert not torch.equal(torch.stack(order(seed=1)), torch.stack(order(seed=2)))
+
+
+def test_the_sampler_learns_a_resumed_epoch(tmp_path: Path) -> None:
+    trainer = DiffusionTrainer(adapted(), arguments(tmp_path), train_dataset=examples())
+    trainer.get_train_dataloader()
+    trainer.state.epoch = 2.5  # as loaded from a checkpoint in the middle of the third epoch
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert trainer.train_sampler is not None
+    assert next(iter(trainer.train_sampler))[0] == 2 * 18
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalizer", ["tokens", "masked", "sequence"])
+def test_evaluation_has_fixed_noise_and_a_global_denominator(normalizer: str, tmp_path: Path) -> None:
+    config, data = ObjectiveConfig(MASK_ID, normalizer=normalizer), examples()[:7]
+    got = [
+        DiffusionTrainer(
+            adapted(),
+            arguments(tmp_path, per_device_eval_batch_size=size, seed=size),
+            objective=config,
+            eval_dataset=data,
+        ).evaluate()
+        for size in (1, 3, 7)
+    ]
+    batch = DiffusionCollator()([example | {"sample_index": i} for i, example in enumerate(data)])
+    out = DiffusionObjective(config)(adapted(), batch.pop("input_ids"), seed=2**63 - 1, **batch)
+    for metrics in got:
+        assert metrics["eval_loss"] == pytest.approx(out.loss.item(), rel=1e-5)
+        assert metrics["eval_masked_nll"] == pytest.approx((out.stats.nll_sum / out.stats.count).item(), rel=1e-5)
+
+
+def test_several_evaluation_sets_and_the_eval_seed(tmp_path: Path) -> None:
+    sets = {"a": examples()[:4], "b": examples()[4:9]}
+    metrics = DiffusionTrainer(adapted(), arguments(tmp_path), eval_dataset=sets).evaluate()
+    assert metrics["eval_a_loss"] != metrics["eval_b_loss"]
+    other = DiffusionTrainer(adapted(), arguments(tmp_path), eval_dataset=sets, eval_seed=5)
+    assert other.evaluate(eval_dataset=sets["a"])["eval_loss"] != metrics["eval_a_loss"]
+
+
+# --- what comes out, what goes in -------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_a_plain_transformers_model(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, save_strategy="steps", save_steps=7)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-7").eval()
+    assert json.loads((tmp_path / "checkpoint-7" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert DiffusionConfig.of(plain) == DiffusionConfig(MASK_ID, shift=True, anneal_steps=ANNEAL_STEPS)
+    x = torch.randint(VOCAB, (2, 9))
+    torch.testing.assert_close(plain(x).logits, trainer.model.eval()(x).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hugging_face_dataset_with_other_columns_gives_the_same_run(tmp_path: Path) -> None:
+    rows = [example | {"text": "x", "maskable": [1] * len(example["input_ids"])} for example in examples()]
+    assert curve(trained(tmp_path, train_dataset=datasets.Dataset.from_list(rows))) == curve(trained(tmp_path))
+
+
+def test_prompts_are_never_scored(tmp_path: Path) -> None:
+    rows = [example | {"maskable": [0] * len(example["input_ids"])} for example in examples()]
+    assert curve(trained(tmp_path, train_dataset=rows, max_steps=3)) == [0.0, 0.0, 0.0]
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+def test_an_iterable_dataset_numbers_its_own_samples(tmp_path: Path) -> None:
+    rows = examples()
+    with pytest.raises(ValueError, match=r"must hold 'sample_index', got .*; an iterable dataset must number"):
+        trained(tmp_path, train_dataset=Stream(rows), max_steps=2)
+    numbered = [row | {"sample_index": i} for i, row in enumerate(rows)]
+    assert curve(trained(tmp_path, train_dataset=Stream(numbered), max_steps=4)) == curve(
+        trained(tmp_path, train_sampling_strategy="sequential", max_steps=4)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora(tmp_path: Path) -> None:
+    model = get_peft_model(adapted(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    frozen = model.get_base_model().model.embed_tokens.weight.clone()
+    trainer = trained(tmp_path, model)
+    assert len(curve(trainer)) == 7
+    assert torch.equal(model.get_base_model().model.embed_tokens.weight, frozen)
+    assert any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
+
+
+CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+
+
+@pytest.mark.parametrize(
+    ("changed", "tolerance"),
+    [({"bf16": True}, 0.1), ({f"{CHECKPOINTING}_checkpointing": True}, 1e-6)],
+    ids=["bf16", "activation checkpointing"],
+)
+def test_options_of_trainer(changed: dict, tolerance: float, tmp_path: Path) -> None:
+    assert curve(trained(tmp_path, **changed)) == pytest.approx(curve(trained(tmp_path)), rel=tolerance)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_sampler_numbers_the_stream() -> None:
+    sampler, got = NumberedSampler(18, shuffle=True, seed=42), []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert len(sampler) == 18
+        got += list(sampler)
+    assert got == stream(54)
+    assert sorted(index for _, index in got[:18]) == list(range(18))
+    assert list(NumberedSampler(3, shuffle=False)) == [(0, 0), (1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(("processes", "size"), [(2, 2), (4, 1), (1, 4)])
+def test_processes_share_the_steps_samples(processes: int, size: int) -> None:
+    """Samples of an optimiser step, by number, are those of one process with the whole batch."""
+    batches = [
+        list(BatchSamplerShard(BatchSampler(NumberedSampler(16, shuffle=True, seed=1), size, False), processes, rank))
+        for rank in range(processes)
+    ]
+    for step, parts in enumerate(zip(*batches, strict=True)):
+        assert [number for part in parts for number, _ in part] == list(range(4 * step, 4 * step + 4))
+
+
+def test_numbered_samples_reach_the_batch_through_workers() -> None:
+    data = NumberedDataset(examples(6))
+    loader = DataLoader(
+        data, 3, sampler=NumberedSampler(6, shuffle=True), collate_fn=DiffusionCollator(), num_workers=1
+    )
+    assert [batch["sample_index"].tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_strata_by_number_are_strata_of_a_batch(tmp_path: Path) -> None:
+    t = draw_t(torch.arange(8, 16), 42, strata=4)
+    assert (t[:4].sort().values.diff() > 0).all()
+    assert sorted(((1 - t[:4]) * 4).int().tolist()) == [0, 1, 2, 3]
+
+
+# --- the collator -----------------------------------------------------------------------------------------------------
+
+
+def test_the_collator_pads() -> None:
+    batch = DiffusionCollator(pad_id=9)(
+        [
+            {"input_ids": [1, 2, 3], "sample_index": 5, "maskable": [0, 1, 1]},
+            {"input_ids": torch.tensor([4]), "sample_index": 6, "attention_mask": [1]},
+        ]
+    )
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["input_ids"].dtype == torch.int64
+    assert batch["attention_mask"].tolist() == [[True, True, True], [True, False, False]]
+    assert batch["maskable"].tolist() == [[False, True, True], [True, False, False]]
+    assert batch["sample_index"].tolist() == [5, 6]
+
+
+def test_the_collator_gives_no_mask_without_padding() -> None:
+    rows = [{"input_ids": [1, 2], "attention_mask": [1, 1], "sample_index": i} for i in range(2)]
+    assert set(DiffusionCollator()(rows)) == {"input_ids", "sample_index"}
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"text": "x"}, r"an example must hold 'input_ids', got \['text'\]"),
+        ({"input_ids": [1]}, r"an example must hold 'sample_index', got \['input_ids'\]"),
+        ({"input_ids": [1, 2], "sample_index": 0, "maskable": [1]}, r"maskable of an example must have its 2 tokens"),
+    ],
+    ids=["no ids", "no number", "other length"],
+)
+def test_the_collator_refuses(example: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiffusionCollator()([example])
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda args: DiffusionTrainer(causal_lm("llama"), args), "LlamaForCausalLM is not adapted to diffusion"),
+        (
+            lambda args: DiffusionTrainer(adapted(), SimpleNamespace(n_gpu=2)),
+            "one process drives one GPU, got 2; launch with torchrun or accelerate",
+        ),
+        (
+            lambda args: DiffusionTrainer(
+                adapted(), SimpleNamespace(n_gpu=1, train_sampling_strategy="group_by_length")
+            ),
+            "train_sampling_strategy must be 'random' or 'sequential', got 'group_by_length'",
+        ),
+        (
+            lambda args: DiffusionTrainer(adapted(), args, compute_loss_func=nn.functional.cross_entropy),
+            "compute_loss_func must be None; the loss is that of `objective`",
+        ),
+        (
+            lambda args: DiffusionTrainer(adapted(), args, anneal_steps=-1),
+            "anneal_steps must be at least 0, got -1",
+        ),
+    ],
+    ids=["not adapted", "DataParallel", "sampling", "loss function", "anneal_steps"],
+)
+def test_the_trainer_refuses(make: Callable, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(arguments(tmp_path))
