@@ -50,7 +50,7 @@ def main(steps: int = 300, batch: int = 16, anneal_steps: int = 100) -> list[flo
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        nll.append((stats.nll_sum / stats.count).item())
+        nll.append((stats.nll_sum / stats.n_scored).item())
     return nll
 
 

@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The objective against the formulas of the papers, written out over full logits."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import numpy as np
 import oracles
 import pytest
 import torch
-from diffullama_ext import AttentionMask, mask_tokens
-from diffullama_ext.integrations import adapt
-from diffullama_ext.objective import DiffusionObjective, ObjectiveConfig, ObjectiveOutput, draw_t
-from diffullama_ext.reference.philox import TAG_TIME
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from objective_cases import (
+    BATCH,
+    CALL,
+    LENGTH,
+    SEED,
+    STEP,
+    adapted,
+    assert_same_gradients,
+    full_logits,
+    gradients,
+    objective,
+    tokens,
+)
 from scipy.stats import kstest
-from tiny_models import FAMILIES, MASK_ID, VOCAB, causal_lm, checkpoint_activations
+from tiny_models import FAMILIES, MASK_ID
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, OPTConfig, PreTrainedModel
-from objective_cases import BATCH, CALL, LENGTH, RATIO, SEED, STEP, adapted, assert_same_gradients, full_logits, gradients, objective, tokens
+from transformers import PreTrainedModel
 
+from diffullama_ext import mask_tokens
+from diffullama_ext.objective import DiffusionObjective, ObjectiveConfig, ObjectiveOutput, draw_t
+from diffullama_ext.reference.philox import TAG_TIME
 
 # --- t ----------------------------------------------------------------------------------------------------------------
 
@@ -77,7 +84,7 @@ def test_the_loss_is_the_dense_formula(normalizer: str, shift: bool, partial: bo
     scored = masked.clone()
     scored[:, 0] &= not shift
     assert torch.equal(out.masked, scored)
-    assert out.stats.count == scored.sum()
+    assert out.stats.n_scored == scored.sum()
     assert torch.equal(out.t, t)
 
 
@@ -140,7 +147,7 @@ def test_nothing_to_score_gives_zero(normalizer: str, loss_mask: str) -> None:
     out = objective(normalizer=normalizer, loss_mask=loss_mask)(model, x0, maskable=nothing, **CALL)
     out.loss.backward()
     assert out.loss == 0
-    assert out.stats.count == 0
+    assert out.stats.n_scored == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
@@ -198,7 +205,7 @@ def test_padding_on_either_side_changes_nothing(family: str, shift: bool, normal
         attention_mask = nn.functional.pad(torch.ones_like(x0), pad)
         padded = goal(model, nn.functional.pad(x0, pad, value=9), attention_mask=attention_mask, seed=SEED, t=t)
         torch.testing.assert_close(padded.loss, bare.loss, rtol=1e-5, atol=1e-6)
-        assert padded.stats.count == bare.stats.count
+        assert padded.stats.n_scored == bare.stats.n_scored
         assert not padded.masked[attention_mask == 0].any()
 
 

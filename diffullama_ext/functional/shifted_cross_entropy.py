@@ -20,7 +20,7 @@ class LossStats(NamedTuple):
 
     weighted_sum: Tensor  # sum of loss_weight * nll over the scored tokens; scalar, differentiable
     nll_sum: Tensor  # sum of nll over the scored tokens; scalar, detached
-    count: Tensor  # number of scored tokens; scalar int64
+    n_scored: Tensor  # number of scored tokens; scalar int64
 
 
 def _check_targets(lead: Tensor, x0: Tensor, masked: Tensor, label_smoothing: float, softcap: float | None) -> None:
@@ -61,7 +61,7 @@ def _normalized(
     if isinstance(normalizer, str):
         check_choice("normalizer", normalizer, NORMALIZERS)
         if normalizer == "masked":
-            denominator = stats.count
+            denominator = stats.n_scored
         elif normalizer == "tokens":
             denominator = _scorable(masked, maskable, shift).sum()
         else:  # "sequence" has its share of the row weights already

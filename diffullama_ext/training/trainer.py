@@ -157,7 +157,7 @@ class DiffusionTrainer(Trainer):
             step=self.state.global_step,
             **self._noise(inputs, self.args.seed),
         )
-        self._sums += torch.stack([output.stats.nll_sum, output.stats.count]).double()
+        self._sums += torch.stack([output.stats.nll_sum, output.stats.n_scored]).double()
         loss = output.loss
         if num_items_in_batch is not None:
             loss = output.stats.weighted_sum / torch.as_tensor(num_items_in_batch).clamp(min=1)
@@ -193,7 +193,7 @@ class DiffusionTrainer(Trainer):
             output = self.diffusion_objective(model, inputs["input_ids"], **noise)
         denominator = self.diffusion_objective.denominator(inputs["input_ids"], **noise)
         stats = output.stats
-        self._eval_sums += torch.stack([stats.weighted_sum, denominator, stats.nll_sum, stats.count]).double()
+        self._eval_sums += torch.stack([stats.weighted_sum, denominator, stats.nll_sum, stats.n_scored]).double()
         return output.loss, None, None
 
     def evaluation_loop(

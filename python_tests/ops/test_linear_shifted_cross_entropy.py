@@ -56,7 +56,7 @@ def test_stats(impl: str, device: str, reduction: str) -> None:
     weighted = (case.loss_weight * nll).sum()
     torch.testing.assert_close(stats.weighted_sum, weighted)
     torch.testing.assert_close(stats.nll_sum, nll.detach().sum())
-    assert int(stats.count) == int(case.masked[:, 1:].sum())
+    assert int(stats.n_scored) == int(case.masked[:, 1:].sum())
     assert [stats.weighted_sum.requires_grad, stats.nll_sum.requires_grad] == [True, False]
     got, expected = (
         torch.autograd.grad(x, case.weight)[0] for x in (stats.weighted_sum, (case.loss_weight * nll).sum())

@@ -60,8 +60,8 @@ def test_matches_oracle(impl: str, device: str, shape: tuple[int, int, int], shi
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(stats.weighted_sum, (weight * nll).sum(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(stats.nll_sum, nll.detach().sum(), rtol=1e-10, atol=1e-12)
-    assert int(stats.count) == int(masked[:, int(shift) :].sum())
-    assert stats.count.dtype == torch.int64
+    assert int(stats.n_scored) == int(masked[:, int(shift) :].sum())
+    assert stats.n_scored.dtype == torch.int64
     assert not stats.nll_sum.requires_grad
 
 
@@ -112,7 +112,7 @@ def test_released_diffullama_formula(impl: str, device: str) -> None:
     ce = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), x0[:, 1:], reduction="none")
     expected = (ce.masked_fill(~scored, 0) / t[:, None]).sum() / scored.sum()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    assert int(stats.count) == int(scored.sum())
+    assert int(stats.n_scored) == int(scored.sum())
 
 
 def test_everything_masked_with_weight_one_is_torch_cross_entropy(impl: str, device: str) -> None:

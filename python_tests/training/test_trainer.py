@@ -14,17 +14,16 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from peft import LoraConfig, get_peft_model
 from tiny_models import MASK_ID, VOCAB, causal_lm
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from diffullama_ext.integrations import DiffusionConfig, adapt
-from diffullama_ext.objective import DiffusionObjective, ObjectiveConfig, draw_t
+from diffullama_ext.objective import DiffusionObjective, ObjectiveConfig
 from diffullama_ext.schedules import AttentionAnnealing
-from diffullama_ext.training import DiffusionCollator, DiffusionTrainer, NumberedDataset, NumberedSampler
+from diffullama_ext.training import DiffusionCollator, DiffusionTrainer
 
 ANNEAL_STEPS = 5
 
@@ -107,7 +106,7 @@ def test_each_step_is_the_objective_under_the_annealed_mask(tmp_path: Path) -> N
         )
         assert curve(trainer)[step] == pytest.approx(out.loss.item(), rel=1e-5)
         assert curve(trainer, "masked_nll")[step] == pytest.approx(
-            (out.stats.nll_sum / out.stats.count).item(), rel=1e-5
+            (out.stats.nll_sum / out.stats.n_scored).item(), rel=1e-5
         )
     assert curve(trainer, "attn_mask_ratio") == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
 
@@ -218,7 +217,7 @@ def test_evaluation_has_fixed_noise_and_a_global_denominator(normalizer: str, tm
     out = DiffusionObjective(config)(adapted(), batch.pop("input_ids"), seed=2**63 - 1, **batch)
     for metrics in got:
         assert metrics["eval_loss"] == pytest.approx(out.loss.item(), rel=1e-5)
-        assert metrics["eval_masked_nll"] == pytest.approx((out.stats.nll_sum / out.stats.count).item(), rel=1e-5)
+        assert metrics["eval_masked_nll"] == pytest.approx((out.stats.nll_sum / out.stats.n_scored).item(), rel=1e-5)
 
 
 def test_several_evaluation_sets_and_the_eval_seed(tmp_path: Path) -> None:
@@ -289,81 +288,6 @@ CHECKPOINTING = "activation" if hasattr(TrainingArguments, "activation_checkpoin
 )
 def test_options_of_trainer(changed: dict, tolerance: float, tmp_path: Path) -> None:
     assert curve(trained(tmp_path, **changed)) == pytest.approx(curve(trained(tmp_path)), rel=tolerance)
-
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_sampler_numbers_the_stream() -> None:
-    sampler, got = NumberedSampler(18, shuffle=True, seed=42), []
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        assert len(sampler) == 18
-        got += list(sampler)
-    assert got == stream(54)
-    assert sorted(index for _, index in got[:18]) == list(range(18))
-    assert list(NumberedSampler(3, shuffle=False)) == [(0, 0), (1, 1), (2, 2)]
-
-
-@pytest.mark.parametrize(("processes", "size"), [(2, 2), (4, 1), (1, 4)])
-def test_processes_share_the_steps_samples(processes: int, size: int) -> None:
-    """Samples of an optimiser step, by number, are those of one process with the whole batch."""
-    batches = [
-        list(BatchSamplerShard(BatchSampler(NumberedSampler(16, shuffle=True, seed=1), size, False), processes, rank))
-        for rank in range(processes)
-    ]
-    for step, parts in enumerate(zip(*batches, strict=True)):
-        assert [number for part in parts for number, _ in part] == list(range(4 * step, 4 * step + 4))
-
-
-def test_numbered_samples_reach_the_batch_through_workers() -> None:
-    data = NumberedDataset(examples(6))
-    loader = DataLoader(
-        data, 3, sampler=NumberedSampler(6, shuffle=True), collate_fn=DiffusionCollator(), num_workers=1
-    )
-    assert [batch["sample_index"].tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5]]
-
-
-def test_strata_by_number_are_strata_of_a_batch(tmp_path: Path) -> None:
-    t = draw_t(torch.arange(8, 16), 42, strata=4)
-    assert (t[:4].sort().values.diff() > 0).all()
-    assert sorted(((1 - t[:4]) * 4).int().tolist()) == [0, 1, 2, 3]
-
-
-# --- the collator -----------------------------------------------------------------------------------------------------
-
-
-def test_the_collator_pads() -> None:
-    batch = DiffusionCollator(pad_id=9)(
-        [
-            {"input_ids": [1, 2, 3], "sample_index": 5, "maskable": [0, 1, 1]},
-            {"input_ids": torch.tensor([4]), "sample_index": 6, "attention_mask": [1]},
-        ]
-    )
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert batch["input_ids"].dtype == torch.int64
-    assert batch["attention_mask"].tolist() == [[True, True, True], [True, False, False]]
-    assert batch["maskable"].tolist() == [[False, True, True], [True, False, False]]
-    assert batch["sample_index"].tolist() == [5, 6]
-
-
-def test_the_collator_gives_no_mask_without_padding() -> None:
-    rows = [{"input_ids": [1, 2], "attention_mask": [1, 1], "sample_index": i} for i in range(2)]
-    assert set(DiffusionCollator()(rows)) == {"input_ids", "sample_index"}
-
-
-@pytest.mark.parametrize(
-    ("example", "message"),
-    [
-        ({"text": "x"}, r"an example must hold 'input_ids', got \['text'\]"),
-        ({"input_ids": [1]}, r"an example must hold 'sample_index', got \['input_ids'\]"),
-        ({"input_ids": [1, 2], "sample_index": 0, "maskable": [1]}, r"maskable of an example must have its 2 tokens"),
-    ],
-    ids=["no ids", "no number", "other length"],
-)
-def test_the_collator_refuses(example: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DiffusionCollator()([example])
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
