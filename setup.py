@@ -23,7 +23,8 @@ class CMakeBuild(build_ext):
         torch_root = Path(torch.__file__).parent
         package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "diffullama_ext"
         # The build tree stays between calls: Ninja compiles what changed. One per Python, since _C is.
-        tree = Path(os.environ.get("DIFFULLAMA_BUILD_DIR", ROOT / ".build" / f"cp{sys.version_info[0]}{sys.version_info[1]}"))
+        own_tree = ROOT / ".build" / f"cp{sys.version_info[0]}{sys.version_info[1]}"
+        tree = Path(os.environ.get("DIFFULLAMA_BUILD_DIR", own_tree))
         with_cuda = os.environ.get("DIFFULLAMA_WITH_CUDA", "")
         if with_cuda not in WITH_CUDA:
             raise SystemExit(f"DIFFULLAMA_WITH_CUDA must be 0, 1 or empty, got {with_cuda!r}")
@@ -47,7 +48,7 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "diffullama_ext"
-        return [str(path) for path in [*package.glob("lib/*.so"), *package.glob("_C*.so")]]
+        return [str(path) for pattern in ("lib/*.so", "lib/*.json", "_C*.so") for path in package.glob(pattern)]
 
 
 setup(ext_modules=[Extension("diffullama_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
