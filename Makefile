@@ -15,11 +15,12 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o 
 # Two test processes of one thread each suit two cores better than one process of two threads.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help build demo test lint format bench cuda-compile wheel clean
+.PHONY: help build demo test simulated test-simulated test-sanitized test-races lint format bench cuda-compile wheel clean
 
 help:
 	@echo "make demo          train, adapt and sample a small model on Python's own text; under 5 minutes on 2 cores"
 	@echo "make test          build, then every test that needs no GPU"
+	@echo "make test-simulated, test-sanitized, test-races   the op tests over the CUDA kernels, run on the CPU"
 	@echo "make lint          ruff, mypy, clang-format     make format   apply them"
 	@echo "make bench         every op beside eager PyTorch on this machine"
 	@echo "make cuda-compile  the CUDA library, warnings as errors (needs nvcc, no GPU)"
@@ -52,6 +53,35 @@ demo: build
 
 test: build
 	$(PYTEST) --require-ext --cov=diffullama_ext --cov-report=term --cov-fail-under=90
+
+# --- the CUDA kernels on the CPU (docs/simulator.md): no GPU, no CUDA toolkit
+SIM := .build/simulated
+SIM_LIBRARY = DIFFULLAMA_CPU_LIBRARY=$(CURDIR)/$(SIM)/csrc/testing/lib
+SIM_TESTS ?= python_tests/ops
+preload = $$(gcc -print-file-name=$(1).so)
+
+simulated: build
+	root=$$($(PY) -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent)"); PATH="$(CURDIR)/$(BIN):$$PATH" \
+	  cmake -G Ninja -S . -B $(SIM) -DTORCH_INCLUDE_DIR=$$root/include -DTORCH_LIBRARY_DIR=$$root/lib \
+	  -DDIFFULLAMA_WITH_CUDA=OFF -DDIFFULLAMA_WERROR=1 -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SIM) --target diffullama_simulated diffullama_simulated_sanitized \
+	  diffullama_simulated_races
+
+# Every op test over the CUDA kernels; wrong results under shuffled thread order, divergence, deadlock.
+test-simulated: simulated
+	$(SIM_LIBRARY)diffullama_simulated.so $(PYTEST) -q --require-ext $(SIM_TESTS)
+
+# Out-of-bounds accesses and undefined behaviour, by AddressSanitizer and UBSan.
+test-sanitized: simulated
+	LD_PRELOAD="$(call preload,libasan) $(call preload,libstdc++)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	  $(SIM_LIBRARY)diffullama_simulated_sanitized.so $(PY) -m pytest -q --require-ext --capture=sys $(SIM_TESTS) \
+	  -k "oracle or reference or paths"
+
+# Accesses that no barrier orders, by ThreadSanitizer.
+test-races: simulated
+	LD_PRELOAD="$(call preload,libtsan)" OMP_NUM_THREADS=1 $(SIM_LIBRARY)diffullama_simulated_races.so \
+	  setarch -R $(PY) -m pytest -q --require-ext --capture=sys $(SIM_TESTS) -k "oracle or reference or paths"
 
 lint: build
 	$(BIN)/ruff check .

@@ -15,6 +15,11 @@ STABLE_TORCH_LIBRARY(diffullama, m) {
   m.def("unpack_mask(Tensor words, int k_length) -> Tensor");
   m.def("id_mask(Tensor query_ids, Tensor key_ids, bool exact) -> Tensor");
   m.def("annealed_mask(int length, Tensor attn_mask_ratio, Tensor seed, Tensor step) -> Tensor");
+  // for attention kernels: the bits in the order of a thread's accumulators, int32 [M, ceil(rows / 64),
+  // ceil(columns / 128), 128, 2], of the mask or its transpose; and uint8 [M, tiles, tiles], 0 nothing allowed, 1
+  // everything, 2 bits
+  m.def("fragment_mask(Tensor words, int k_length, bool transpose) -> Tensor");
+  m.def("mask_tile_classes(Tensor words, int k_length, int tile_rows, int tile_cols) -> Tensor");
 
   // --- attention: q [B, H, Lq, D], k and v [B, Hkv, Lk, D]; words None: causal or full by `causal`
   m.def(

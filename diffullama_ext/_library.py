@@ -9,26 +9,27 @@ from types import ModuleType
 
 import torch
 
-_HERE = Path(__file__).parent
+_LIBRARIES = Path(__file__).parent / "lib"
+# Another library with the CPU ops, for tests: csrc/testing compiles the CUDA kernels for CPU tensors.
+_CPU_LIBRARY = Path(os.environ.get("DIFFULLAMA_CPU_LIBRARY") or _LIBRARIES / "libdiffullama_cpu.so")
 
 
-def _load(name: str) -> str | None:
-    """Load lib<name>.so from the package; returns why not, or None when it is loaded."""
-    path = _HERE / "lib" / f"lib{name}.so"
+def _load(path: Path) -> str | None:
+    """Load a library; returns why not, or None when it is loaded."""
     if not path.exists():
         return f"{path.name} was not built"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} does not load: {error}"
+        return f"{path.name} does not load: {error.__cause__ or error}"
     return None
 
 
-_CPU_MISSING = _load("diffullama_cpu")
+_CPU_MISSING = _load(_CPU_LIBRARY)
 SCHEMAS_LOADED = _CPU_MISSING is None
 _CUDA_MISSING = (
     _CPU_MISSING  # the CUDA library implements the schemas that the CPU library defines
-    or ("torch was built without CUDA" if torch.version.cuda is None else _load("diffullama_cuda"))
+    or ("torch was built without CUDA" if torch.version.cuda is None else _load(_LIBRARIES / "libdiffullama_cuda.so"))
 )
 
 
@@ -51,6 +52,8 @@ def build_info() -> dict[str, object]:
         "CPU kernels": _CPU_MISSING or "loaded",
         "CUDA kernels": _CUDA_MISSING or "loaded",
     }
+    if "DIFFULLAMA_CPU_LIBRARY" in os.environ:
+        info["CPU library"] = str(_CPU_LIBRARY)
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         info["device"] = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
@@ -71,6 +74,8 @@ def _cuda_reason() -> str | None:
     if _CUDA_MISSING or module is None or not torch.cuda.is_available():
         return _CUDA_MISSING
     archs = str(module.build_info()["built archs"])
+    if archs == "none":  # _C was built alone, beside a CUDA library that it knows nothing of
+        return None
     if all(arch_is_covered(torch.cuda.get_device_capability(i), archs) for i in range(torch.cuda.device_count())):
         return None
     return f"built for sm_{archs.replace(' ', ', sm_')}, which this device is not"

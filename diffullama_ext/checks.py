@@ -52,6 +52,13 @@ def check_range(name: str, value: float, low: float, high: float, *, low_open: b
         raise ValueError(f"{name} must be in {'(' if low_open else '['}{low:g}, {high:g}], got {value!r}")
 
 
+def check_int(name: str, value: object, low: int, high: int) -> None:
+    """A Python int (no bool, no float) inside [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    check_range(name, value, low, high)
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """One of the named choices."""
     if value not in choices:

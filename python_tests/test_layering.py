@@ -25,6 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "attention_mask": {"ops", "reference"} | BASE,
     "functional": {"ops", "reference", "attention_mask"} | BASE,
     "modules": {"functional", "attention_mask"} | BASE,
+    "kernel_plan": {"_library"},
+    "benchmarking": {"functional", "attention_mask"} | BASE,
     "data": BASE,
     "objective": {"functional", "schedules", "attention_mask", "reference"} | BASE,  # reference for its Philox only
     "integrations": {"modules", "functional", "attention_mask"} | BASE,
@@ -36,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     | BASE,
 }
 ALLOWED["cli"] = set(ALLOWED)
-ALLOWED["__init__"] = {"functional", "modules", "reference", "schedules", "attention_mask"} | BASE
+ALLOWED["__init__"] = {"functional", "modules", "reference", "schedules", "attention_mask", "kernel_plan"} | BASE
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 NOT_NEEDED_TO_IMPORT = ("transformers", "datasets", "tokenizers", "accelerate", "typer", "rich", "hypothesis")
 

@@ -29,4 +29,10 @@ inline void check_annealed_mask(int64_t length, const Tensor& attn_mask_ratio, c
   check_tensor("step", step, ScalarType::Long, {1}, &attn_mask_ratio);
 }
 
+inline void check_mask_tile_classes(const Tensor& words, int64_t k_length, int64_t tile_rows, int64_t tile_cols) {
+  check_unpack_mask(words, k_length);
+  check(tile_rows > 0 && tile_cols > 0 && tile_rows < kMaxMaskLength && tile_cols < kMaxMaskLength,
+        "tile_rows and tile_cols must be in [1, 2^31), got ", tile_rows, " and ", tile_cols);
+}
+
 }  // namespace diffullama

@@ -2,23 +2,19 @@
 // Block-wide integer reductions and scans; device only.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "simt.cuh"
 
 namespace diffullama {
 
-constexpr int kWarp = 32;
-
 __device__ __forceinline__ int64_t warp_sum(int64_t v) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_down_sync(0xffffffffu, v, offset);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_down_sync(kAllLanes, v, offset);
   return v;  // in lane 0
 }
 
 __device__ __forceinline__ int warp_inclusive_scan(int v) {
   const int lane = threadIdx.x % kWarp;
   for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, v, offset);
+    const int other = __shfl_up_sync(kAllLanes, v, offset);
     if (lane >= offset) v += other;
   }
   return v;

@@ -17,6 +17,13 @@ struct KernelPlan {
   int64_t flops = 0;  // arithmetic of matrix products; 0 where memory alone bounds the kernel
 };
 
+// What a plan may use of the device; by default an H100's or H200's.
+struct DeviceLimits {
+  int n_sm = 132;
+  int64_t shared_bytes = 227 << 10;  // of a block
+  bool clusters = true;              // of up to 8 blocks
+};
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace diffullama

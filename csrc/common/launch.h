@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernel launches. Arguments are converted to the kernel's parameters; more than 48 KB of dynamic shared memory is opted
-// into. All return the error of the launch, for check_launch.
+// Kernel launches. Arguments are converted to the kernel's parameters; more than 48 KB of dynamic shared memory is
+// opted into. All return the error of the launch, for check_launch.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <utility>
+
+#include "kernel_plan.h"
 
 namespace diffullama {
 
@@ -76,6 +78,24 @@ cudaError_t resident_blocks(void (*kernel)(Params...), int threads, size_t share
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, shared_bytes);
   }
   blocks = int64_t{n_sm} * per_sm;
+  return error;
+}
+
+// What launches of this kernel may use on the current device. Clusters need an architecture that has them both here and
+// in the kernel's code, which may be PTX of an older one.
+template <class... Params>
+cudaError_t device_limits(void (*kernel)(Params...), DeviceLimits& limits) {
+  int device = 0, shared_bytes = 0, major = 0;
+  cudaFuncAttributes code{};
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limits.n_sm, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, kernel);
+  limits.shared_bytes = shared_bytes;
+  limits.clusters = major >= 9 && code.ptxVersion >= 90;
   return error;
 }
 

@@ -43,4 +43,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_tokens_cuda(const Tensor& x0, co
 }  // namespace
 }  // namespace diffullama
 
-STABLE_TORCH_LIBRARY_IMPL(diffullama, CUDA, m) { m.impl("mask_tokens", TORCH_BOX(&diffullama::mask_tokens_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(diffullama, DIFFULLAMA_CUDA_KEY, m) {
+  m.impl("mask_tokens", TORCH_BOX(&diffullama::mask_tokens_cuda));
+}

@@ -12,12 +12,18 @@
 #include <cooperative_groups.h>
 
 #include "../common/cuda_block.cuh"
+#include "../common/launch.h"
 #include "noising_math.h"
 
 namespace diffullama {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kMaskTokensThreads;
+
+struct MaskTokensShared {
+  int64_t sum[kThreads / kWarp];
+  int scan[kThreads / kWarp];
+};
 
 struct Item {
   int64_t row, position;  // first of 4 positions
@@ -70,9 +76,8 @@ __device__ void write_counts(const MaskTokensParams& p) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) mask_tokens_kernel(MaskTokensParams p) {
-  __shared__ int64_t shared_sum[kThreads / kWarp];
-  __shared__ int shared_scan[kThreads / kWarp];
+__global__ void __launch_bounds__(kThreads, kMaskTokensBlocksPerSm) mask_tokens_kernel(MaskTokensParams p) {
+  MaskTokensShared& shared = static_shared<MaskTokensShared>();
   const int64_t items_per_row = (p.L + 3) / 4, n_items = p.B * items_per_row;
   const int64_t per_block = (n_items + gridDim.x - 1) / gridDim.x;
   const int64_t begin = blockIdx.x * per_block, end = begin + per_block < n_items ? begin + per_block : n_items;
@@ -80,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) mask_tokens_kernel(MaskTokensParams 
 
   int64_t masked = 0;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) masked += mask_item(p, item_of(i, items_per_row), seed);
-  masked = block_sum<kThreads>(masked, shared_sum);
+  masked = block_sum<kThreads>(masked, shared.sum);
   if (threadIdx.x == 0) p.block_counts[blockIdx.x] = masked;
   cooperative_groups::this_grid().sync();
 
@@ -90,13 +95,13 @@ __global__ void __launch_bounds__(kThreads) mask_tokens_kernel(MaskTokensParams 
     before += b < blockIdx.x ? count : 0;
     total += count;
   }
-  before = block_sum<kThreads>(before, shared_sum);
-  total = block_sum<kThreads>(total, shared_sum);
+  before = block_sum<kThreads>(before, shared.sum);
+  total = block_sum<kThreads>(total, shared.sum);
   for (int64_t first = begin; first < end; first += kThreads) {  // uniform over the block: the scan has barriers
     const int64_t i = first + threadIdx.x;
     const Item item = item_of(i, items_per_row);
     int chunk_total;
-    const int slot = block_exclusive_scan<kThreads>(i < end ? count_item(p, item) : 0, shared_scan, chunk_total);
+    const int slot = block_exclusive_scan<kThreads>(i < end ? count_item(p, item) : 0, shared.scan, chunk_total);
     if (i < end) write_item(p, item, before + slot);
     before += chunk_total;
   }
@@ -109,21 +114,12 @@ __global__ void __launch_bounds__(kThreads) mask_tokens_kernel(MaskTokensParams 
 }  // namespace
 
 cudaError_t launch_mask_tokens(const MaskTokensParams& p, cudaStream_t stream) {
-  int device = 0, n_sm = 0, blocks_per_sm = 0;
+  int device = 0, n_sm = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, mask_tokens_kernel, kThreads, 0);
-  }
   if (error != cudaSuccess) return error;
-  const int64_t n_items = p.B * ((p.L + 3) / 4), wanted = (n_items + kThreads - 1) / kThreads;
-  int64_t blocks = int64_t{n_sm} * blocks_per_sm;  // all of them resident, or the grid barrier would hang
-  blocks = blocks < kMaskTokensMaxBlocks ? blocks : kMaskTokensMaxBlocks;
-  blocks = blocks < wanted ? blocks : wanted;
-  MaskTokensParams params = p;
-  void* args[] = {&params};
-  return cudaLaunchCooperativeKernel(mask_tokens_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), args, 0,
-                                     stream);
+  const KernelPlan plan = plan_mask_tokens(p.B, p.L, p.maskable != nullptr, p.p_by_token, n_sm);
+  return launch_cooperative(mask_tokens_kernel, dim3(static_cast<unsigned>(plan.grid)), dim3(plan.block), 0, stream, p);
 }
 
 }  // namespace diffullama

@@ -5,11 +5,11 @@
 
 #include <cstdint>
 
+#include "noising_plan.h"
+
 namespace diffullama {
 
 // Contiguous tensors; B batch, L length.
-constexpr int kMaskTokensMaxBlocks = 4096;
-
 struct MaskTokensParams {
   const int64_t* x0;            // [B, L]
   const float* p_mask;          // [B], or [B, L] where p_by_token

@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "../common/dispatch.h"
+#include "loss_plan.h"
 #include "shifted_cross_entropy.h"
 
 namespace diffullama {
@@ -62,8 +63,7 @@ LinearProblem make_problem(const Tensor& hidden, const Tensor& weight, const std
 
 template <class Backend>
 int64_t rows_of_chunk(const LinearProblem& p, int64_t n_rows) {
-  const int64_t row_bytes = std::max<int64_t>(p.V, 1) * static_cast<int64_t>(p.hidden.element_size());
-  const int64_t chosen = std::clamp<int64_t>(Backend::chunk_bytes / row_bytes / 64 * 64, 64, 8192);
+  const int64_t chosen = rows_within(Backend::chunk_bytes, p.V, static_cast<int64_t>(p.hidden.element_size()));
   return std::min(p.chunk_rows > 0 ? p.chunk_rows : chosen, std::max<int64_t>(n_rows, 1));
 }
 

@@ -13,8 +13,7 @@ namespace {
 
 class CudaBackend {
  public:
-  // A quarter of a GiB of logits: GEMMs of thousands of rows, and with a row's buffers below 350 MB in all.
-  static constexpr int64_t chunk_bytes = int64_t{256} << 20;
+  static constexpr int64_t chunk_bytes = kChunkBytes;
   static ScalarType buffer_dtype(ScalarType dtype) { return dtype; }
   static int64_t padded(int64_t V) { return ceil_div(V, 8) * 8; }
 

@@ -2,12 +2,23 @@
 // Launch plans of the loss kernels. V columns; one block a row of logits.
 #pragma once
 
+#include <algorithm>
+
 #include "../common/kernel_plan.h"
 
 namespace diffullama {
 
 constexpr int kLossThreads = 512;
 constexpr int kVectorBytes = 16;  // of one load
+
+// Logits alive on CUDA: a quarter of a GiB, so that GEMMs have thousands of rows and all buffers stay below 350 MB.
+constexpr int64_t kChunkBytes = int64_t{256} << 20;
+
+// Rows of logits alive at once where the caller names no number.
+inline int64_t rows_within(int64_t chunk_bytes, int64_t V, int64_t element_size) {
+  const int64_t row_bytes = std::max<int64_t>(V, 1) * element_size;
+  return std::clamp<int64_t>(chunk_bytes / row_bytes / 64 * 64, 64, 8192);
+}
 
 // 16-byte vectors of a row that a thread keeps in registers between the reduction and the gradient: 4, 8 or 16, or 0
 // where the row is too long (or its rows are not aligned) and is read again, from L2.

@@ -4,18 +4,21 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
+#if defined(__x86_64__) && !defined(SIMULATOR_UCONTEXT)
+#define SIMULATOR_SWITCH_BY_HAND
+#else
+#include <ucontext.h>  // portable, with two system calls a switch
 #endif
 
 namespace simulator {
 
-// A suspended flow of control. AddressSanitizer is told about every switch, so it knows the stack it is on.
+// A suspended flow of control. The sanitizers are told about every switch.
 class Context {
  public:
-  Context() = default;  // the flow that first switches away from it
+  Context();  // the running flow, to come back to
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
+  ~Context();
 
   // Makes this a fiber that runs entry() on [stack, stack + size) when first switched to. entry never returns.
   void start(void (*entry)(), void* stack, size_t size);
@@ -23,17 +26,22 @@ class Context {
   // Suspends the running flow into `from` and resumes this one. `from_ends`: it will never be resumed.
   void resume(Context& from, bool from_ends);
 
+  // publish(place) on behalf of this fiber (see races.h).
+  void publish_at(const void* place);
+
   // The first statement of an entry function; previous is the flow that switched here.
   static void entered(Context& previous);
 
  private:
-#if defined(__x86_64__)
+#if defined(SIMULATOR_SWITCH_BY_HAND)
   void* stack_pointer_ = nullptr;
 #else
   ucontext_t context_;
 #endif
   const void* stack_bottom_ = nullptr;  // known to AddressSanitizer
   size_t stack_size_ = 0;
+  void* race_fiber_ = nullptr;  // ThreadSanitizer's
+  bool started_ = false;
 };
 
 // Stacks of one size behind guard pages, mapped when first needed and used again.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs a kernel on the CPU: one fiber a thread, blocks in turn (clusters and cooperative grids together). A fiber runs
 // until it meets a barrier, a warp-wide operation or an atomic; which one runs next is drawn from a seeded generator.
-// What a GPU leaves undefined at a barrier (other threads elsewhere, or gone) ends the launch with an error. The headers
-// in cuda/ spell this interface the way CUDA does; kernels include those only.
+// What a GPU leaves undefined at a barrier (other threads elsewhere, or gone) ends the launch with an error. The
+// headers in cuda/ spell this interface the way CUDA does; kernels include those only.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +10,8 @@
 #include <cstring>
 #include <functional>
 #include <string>
+
+#include "races.h"
 
 namespace simulator {
 
@@ -19,7 +21,9 @@ struct Site {
   int line;
 
   static Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
-  bool operator==(const Site& other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
+  bool operator==(const Site& other) const {
+    return line == other.line && (file == other.file || std::strcmp(file, other.file) == 0);
+  }
 };
 
 // Ends the launch; the running thread's place is put in front of the message.
@@ -34,6 +38,9 @@ int cluster_barrier(Site site);
 int grid_barrier(Site site);
 void named_barrier(int id, int n_threads, bool waits, Site site);
 
+int lane_of_thread();
+const void* warp_of_thread();
+
 // --- warp-wide operations: the last lane of `mask` to arrive runs complete(data of all 32 lanes, mask)
 using Complete = void (*)(void* const* lanes, uint32_t mask);
 void warp_collective(const char* name, uint32_t mask, void* data, Complete complete, Site site);
@@ -43,7 +50,7 @@ template <class T>
 void warp_collective(const char* name, uint32_t mask, T& data, Site site) {
   warp_collective(
       name, mask, &data,
-      [](void* const* lanes, uint32_t lane_mask) {
+      [](void* const* lanes, uint32_t lane_mask) SIMULATOR_NO_RACES {
         T* typed[32];
         for (int k = 0; k < 32; ++k) typed[k] = lane_mask >> k & 1 ? static_cast<T*>(lanes[k]) : nullptr;
         T::complete(typed, lane_mask);

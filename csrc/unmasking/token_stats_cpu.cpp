@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t kTile = 1024;  // entries of one partial sum in the inverse CDF
 constexpr int kBuckets = 256;
+// Temperatures a float tells from 0 and from infinity; beyond them the draw is greedy, or uniform, anyway.
+constexpr double kLowest = std::numeric_limits<float>::min(), kHighest = std::numeric_limits<float>::max();
 constexpr int64_t kSortBelow = 64;  // candidates sorted outright
 
 struct Stats {
@@ -92,7 +94,6 @@ Cut<Acc> find_cut(const Acc* x, const int64_t* mass, int64_t V, std::vector<int3
     int bucket = 0, last_used = 0;
     for (int b = 0; b < kBuckets; ++b) last_used = sums[b] > 0 ? b : last_used;
     while (bucket < last_used && keep(before + sums[bucket])) before += sums[bucket++];
-    while (sums[bucket] == 0) --bucket;  // an empty bucket cannot hold the cut; cannot pass 0: the top entry has weight
     const size_t n = candidates.size();
     candidates.erase(
         std::remove_if(candidates.begin(), candidates.end(), [&](int32_t v) { return bucket_of(v) != bucket; }),
@@ -181,7 +182,7 @@ Stats row_stats(const T* logits, int64_t V, int64_t current, const DrawOptions& 
   float sample_prob = 1.0f;
   out.token = top;
   if (options.temperature > 0) {
-    masses(x, V, max, static_cast<Acc>(options.temperature), s.mass.data());
+    masses(x, V, max, static_cast<Acc>(std::clamp(options.temperature, kLowest, kHighest)), s.mass.data());
     truncate(s, V, options);
     out.token = draw(s.mass, uniform62, sample_prob);
   }

@@ -105,19 +105,9 @@ uint64_t kth_smallest(Scratch& s, size_t k) {
   return keys[k - 1];
 }
 
-// Each cut admits at least the first-ranked of the candidates, of which there is one or more.
 uint64_t quota_cut(Scratch& s, float amount) {
-  const float wanted = std::max(1.0f, std::ceil(amount));  // NaN gives 1
-  return wanted >= static_cast<float>(s.n) ? kIneligible - 1 : kth_smallest(s, static_cast<size_t>(wanted));
-}
-
-uint64_t threshold_cut(const Scratch& s, float amount) {
-  return amount == amount ? std::max(smallest(s), cut_at(confidence_bits(amount))) : smallest(s);
-}
-
-uint64_t random_cut(const Scratch& s, float amount) {
-  const uint64_t threshold = threshold32(amount);
-  return threshold == 0 ? smallest(s) : std::max(smallest(s), cut_at(static_cast<uint32_t>(threshold - 1)));
+  const auto wanted = static_cast<size_t>(quota_count(amount, static_cast<int64_t>(s.n)));
+  return wanted == s.n ? kIneligible - 1 : kth_smallest(s, wanted);
 }
 
 uint64_t factor_cut(Scratch& s, const float* confidence, float amount) {
@@ -157,10 +147,11 @@ int64_t unmask_sequence(const Sequence& s, Rule rule, uint64_t seed, uint32_t st
                       [](uint64_t key) { return key != kIneligible; });
   uint64_t cut = 0;  // below every ineligible key
   if (scratch.n > 0) {
-    cut = rule == Rule::kQuota       ? quota_cut(scratch, s.amount)
-          : rule == Rule::kThreshold ? threshold_cut(scratch, s.amount)
-          : rule == Rule::kFactor    ? factor_cut(scratch, s.confidence, s.amount)
-                                     : random_cut(scratch, s.amount);
+    const float amount = s.amount;  // at least the first-ranked is admitted
+    cut = rule == Rule::kQuota       ? quota_cut(scratch, amount)
+          : rule == Rule::kThreshold ? std::max(smallest(scratch), threshold_cut(amount))
+          : rule == Rule::kFactor    ? factor_cut(scratch, s.confidence, amount)
+                                     : std::max(smallest(scratch), random_cut(amount));
   }
   return commit(s, scratch.keys.data(), cut);
 }

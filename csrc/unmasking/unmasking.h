@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../common/tensor.h"
+#include "unmasking_math.h"
 
 namespace diffullama {
 
@@ -31,8 +32,6 @@ inline void check_token_stats(const Tensor& logits, const std::optional<Tensor>&
   check(options.top_p > 0 && options.top_p <= 1, "top_p must be in (0, 1], got ", options.top_p);
   check(options.forbid < logits.size(1), "forbid must be below ", logits.size(1), ", got ", options.forbid);
 }
-
-enum class Rule { kQuota, kThreshold, kFactor, kRandom };
 
 inline Rule parse_rule(const std::string& rule) {
   if (rule == "quota") return Rule::kQuota;

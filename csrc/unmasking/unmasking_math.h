@@ -2,6 +2,7 @@
 // Integer probabilities and the inverse-CDF draw; host and device. Mirrored in reference/unmasking.py.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -34,6 +35,8 @@ DIFFULLAMA_HOST_DEVICE bool in_nucleus(uint64_t mass_before, uint64_t total, dou
   return static_cast<double>(mass_before) < top_p * static_cast<double>(total);
 }
 
+enum class Rule { kQuota, kThreshold, kFactor, kRandom };
+
 // Every rule of unmask is "commit the eligible entries whose key is at most a cut": keys are unique, and rank like
 // falling confidence (or rising random word), equal ones by position.
 constexpr uint64_t kIneligible = ~uint64_t{0};
@@ -51,8 +54,32 @@ DIFFULLAMA_HOST_DEVICE uint32_t confidence_bits(float confidence) {
   return ~ascending;
 }
 
+// The confidence of these bits, but for the sign of 0.
+DIFFULLAMA_HOST_DEVICE float confidence_of(uint32_t descending_bits) {
+  const uint32_t ascending = ~descending_bits, bits = ascending >> 31 ? ascending & 0x7fffffffu : ~ascending;
+  float confidence;
+  memcpy(&confidence, &bits, sizeof confidence);
+  return confidence;
+}
+
 // The cut that admits every key of this rank value: positions are below 2^32 - 1, so it stays below kIneligible.
 DIFFULLAMA_HOST_DEVICE uint64_t cut_at(uint32_t descending_bits) { return rank_key(descending_bits, 0xfffffffeu); }
+
+// What threshold and random admit whatever the ranks; 0 is nothing.
+DIFFULLAMA_HOST_DEVICE uint64_t threshold_cut(float amount) {
+  return amount == amount ? cut_at(confidence_bits(amount)) : 0;
+}
+DIFFULLAMA_HOST_DEVICE uint64_t random_cut(float amount) {
+  const uint64_t threshold = threshold32(amount);
+  return threshold == 0 ? 0 : cut_at(static_cast<uint32_t>(threshold - 1));
+}
+
+// How many of n >= 1 eligible entries a quota commits; NaN is 1.
+DIFFULLAMA_HOST_DEVICE int64_t quota_count(float amount, int64_t n) {
+  const float wanted = ceilf(amount);
+  if (!(wanted > 1.0f)) return 1;
+  return wanted >= static_cast<float>(n) ? n : static_cast<int64_t>(wanted);
+}
 
 DIFFULLAMA_HOST_DEVICE bool is_eligible(bool masked, int64_t token, float confidence) {
   return masked & (token >= 0) & (confidence == confidence);  // no branch: loops over it vectorise

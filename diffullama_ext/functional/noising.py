@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from .._library import use_kernel
-from ..checks import check_range, check_tensor
+from ..checks import check_int, check_tensor
 from .random import index_tensor, seed_tensor
 
 
@@ -57,7 +57,7 @@ def mask_tokens(
     check_tensor("p_mask", p_mask, torch.float32, (batch, length) if by_token else (batch,), x0.device)
     if maskable is not None:
         check_tensor("maskable", maskable, torch.bool, (batch, length), x0.device)
-    check_range("mask_id", mask_id, 0, 2**63 - 1)
+    check_int("mask_id", mask_id, 0, 2**63 - 1)
     use = use_kernel("mask_tokens", x0.device, impl)
     if not use and x0.device.type == "cpu" and not ((p_mask >= 0) & (p_mask <= 1)).all():
         raise ValueError(f"p_mask must be in [0, 1], got {p_mask[~((p_mask >= 0) & (p_mask <= 1))][0].item()}")

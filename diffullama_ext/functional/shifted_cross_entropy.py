@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from .._library import use_kernel
-from ..checks import FLOATS, check_choice, check_range, check_tensor
+from ..checks import FLOATS, check_choice, check_int, check_range, check_tensor
 
 NORMALIZERS = ("tokens", "masked", "sequence", "batch")
 REDUCTIONS = ("mean", "sum", "none")
@@ -158,6 +158,18 @@ def _reduced(
     return loss, stats
 
 
+def _within_bound(nll: Tensor, masked: Tensor, shift: bool, max_scored: int | None) -> Tensor:
+    """The reference computes every row, so it needs no bound; what a kernel says to one too small, it says too."""
+    if max_scored is None:
+        return nll
+    n_scored = reference.shifted_cross_entropy.scored_tokens(masked, shift).sum()
+    if nll.device.type != "cpu":
+        return nll.masked_fill(n_scored > max_scored, torch.nan)
+    if n_scored > max_scored:
+        raise ValueError(f"max_scored must be at least the {int(n_scored)} scored tokens, got {max_scored}")
+    return nll
+
+
 def linear_shifted_cross_entropy(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -210,14 +222,15 @@ def linear_shifted_cross_entropy(
     if accum_dtype not in (torch.float32, torch.float64):
         raise ValueError(f"accum_dtype must be torch.float32 or torch.float64, got {accum_dtype}")
     if chunk_rows is not None:
-        check_range("chunk_rows", chunk_rows, 1, 2**31 - 1)
+        check_int("chunk_rows", chunk_rows, 1, 2**31 - 1)
     if max_scored is not None:
-        check_range("max_scored", max_scored, 0, 2**63 - 1)
+        check_int("max_scored", max_scored, 0, 2**63 - 1)
     cap, bound = softcap or 0.0, -1 if max_scored is None else max_scored
     if not use_kernel("linear_shifted_cross_entropy", device, impl):
         nll = reference.shifted_cross_entropy.linear_shifted_cross_entropy(
             hidden, lm_head_weight, bias, x0, masked, shift, label_smoothing, cap
         )
+        nll = _within_bound(nll, masked, shift, max_scored)
         return _reduced(nll, masked, loss_weight, maskable, shift, normalizer, reduction)
     backend = ops.shifted_cross_entropy
     wide = torch.promote_types(hidden.dtype, torch.float32)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from .._library import use_kernel
-from ..checks import FLOATS, as_scalar_tensor, check_choice, check_range, check_tensor
+from ..checks import FLOATS, as_scalar_tensor, check_choice, check_int, check_range, check_tensor
 from .random import index_tensor, seed_tensor
 
 RULES = ("quota", "threshold", "factor", "random")
@@ -77,9 +77,9 @@ def token_stats(
     check_range("temperature", temperature, 0.0, sys.float_info.max)
     check_range("top_p", top_p, 0.0, 1.0, low_open=True)
     if top_k is not None:
-        check_range("top_k", top_k, 1, 2**31 - 1)
+        check_int("top_k", top_k, 1, 2**31 - 1)
     if forbid is not None:
-        check_range("forbid", forbid, 0, vocab - 1)
+        check_int("forbid", forbid, 0, vocab - 1)
     if current is not None:
         check_tensor("current", current, torch.int64, (n_rows,), logits.device)
     backend = ops.unmasking if use_kernel("token_stats", logits.device, impl) else reference.unmasking
@@ -129,7 +129,7 @@ def unmask(
 
     Args:
         xt: [B, L] int64. masked: [B, L] bool. token: [B, L] int64. confidence: [B, L] float32.
-        amount: [B] float32, by rule.
+        amount: [B] float32, by rule; a quota is rounded up.
         seed, step: ints or int64 [1] on the device. sample_index: [B] int64 (its low 32 bits act); None means 0..B-1.
     """
     check_tensor("xt", xt, torch.int64, ("B", "L"))

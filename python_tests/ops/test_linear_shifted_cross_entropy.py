@@ -295,6 +295,7 @@ F32, F64, I64 = torch.float32, torch.float64, torch.int64
     ("softcap", lambda d: 0, ValueError, r"^softcap must be in \(0, inf\], got 0"),
     ("accum_dtype", lambda d: torch.bfloat16, ValueError, r"^accum_dtype must be torch.float32 or .*bfloat16"),
     ("chunk_rows", lambda d: 0, ValueError, r"^chunk_rows must be in \[1, .*\], got 0"),
+    ("chunk_rows", lambda d: 2.5, TypeError, r"^chunk_rows must be an int, got 2.5"),
     ("max_scored", lambda d: -1, ValueError, r"^max_scored must be in \[0, .*\], got -1"),
     ("impl", lambda d: "liger", ValueError, r"^impl must be 'auto', 'ext' or 'reference', got 'liger'"),
 )

@@ -201,6 +201,7 @@ def test_int_and_tensor_seeds_agree(impl: str, device: str) -> None:
     ("maskable", zeros(torch.int64, 2, 5), TypeError, r"^maskable must be bool\[2, 5\], got int64\[2, 5\]"),
     ("maskable", elsewhere(torch.bool, 2, 5), ValueError, r"^maskable must be on"),
     ("mask_id", lambda d: -1, ValueError, r"^mask_id must be in \[0, .*\], got -1"),
+    ("mask_id", lambda d: 1.5, TypeError, r"^mask_id must be an int, got 1.5"),
     ("seed", lambda d: 1.5, TypeError, r"^seed must be an int, got 1.5"),
     ("seed", lambda d: 2**64, ValueError, r"^seed must fit 64 bits, got 18446744073709551616"),
     ("seed", lambda d: -(2**63) - 1, ValueError, r"^seed must fit 64 bits"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native API as a whole: every op is known here, has a kernel, and takes what changes each step as tensors."""
+"""The native API as a whole: every op is known here, mutates nothing, and takes what changes each step as tensors."""
 
 import pytest
 import torch
@@ -42,10 +42,3 @@ def test_step_values_are_tensors_and_nothing_is_mutated(op: str) -> None:
     wrong = [a.name for a in schema.arguments if a.name in CHANGES_EACH_STEP and "Tensor" not in str(a.type)]
     assert not wrong
     assert not schema.is_mutable
-
-
-@pytest.mark.parametrize("op", sorted(OPS))
-def test_every_op_has_a_fake_kernel(op: str) -> None:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"diffullama::{op}", "Meta") or (
-        torch._library.simple_registry.singleton.find(f"diffullama::{op}").fake_impl.kernel is not None
-    )

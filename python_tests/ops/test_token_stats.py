@@ -126,8 +126,9 @@ def test_ties_go_to_the_lowest_id(impl: str, device: str) -> None:
     assert drawn(top_p=0.25) == {0, 1}, "two of eight have exactly a quarter: the third would start at it"
 
 
-def test_draw_is_exact_to_the_last_unit_of_mass(impl: str, device: str) -> None:
-    """Of two float64 logits the lighter is drawn exactly from that mass on, in units of 2**-44, that a row's u says."""
+@pytest.mark.parametrize("vocab", [2, 5000])
+def test_draw_is_exact_to_the_last_unit_of_mass(impl: str, device: str, vocab: int) -> None:
+    """Of two tokens, first and last, the lighter is drawn from just that mass on, in 2**-44, that the row's u says."""
     words = philox(np.arange(64), 0, TAG_TOKEN, 0, 5).tolist()
     uniforms = {n: w[0] << 30 | w[1] >> 2 for n, w in enumerate(words) if w[0] < 2**31}
     assert len(uniforms) > 20
@@ -138,9 +139,11 @@ def test_draw_is_exact_to_the_last_unit_of_mass(impl: str, device: str) -> None:
         while least <= uniform * (least + 2**44) >> 62:
             least += 1
         for mass, expected in ((least - 1, 1), (least, 0)):
-            logits = torch.tensor([[math.log(mass / 2**44), 0.0]], dtype=torch.float64, device=device)
+            logits = torch.full((1, vocab), -torch.inf, dtype=torch.float64)
+            logits[0, 0], logits[0, -1] = math.log(mass / 2**44), 0.0
             index = torch.tensor([n], device=device)
-            assert int(token_stats(logits, row_index=index, seed=5, impl=impl).token) == expected
+            got = token_stats(logits.to(device), row_index=index, seed=5, impl=impl)
+            assert int(got.token) == expected * (vocab - 1)
 
 
 def test_greedy_is_the_argmax(impl: str, device: str) -> None:
@@ -150,6 +153,25 @@ def test_greedy_is_the_argmax(impl: str, device: str) -> None:
     assert (got.sample_prob == 1).all()
     assert torch.equal(got.prob, got.p1)
     assert_all_equal(got, token_stats(logits, temperature=0.0, seed=1, step=9, impl=impl))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300, 5e-324])
+def test_tiny_temperature_is_greedy(impl: str, device: str, temperature: float) -> None:
+    """Also where float32 has no such number."""
+    logits = _logits(50, 77, device)
+    got = token_stats(logits, temperature=temperature, top_p=0.9, seed=0, impl=impl)
+    assert torch.equal(got.token, logits.argmax(dim=1))
+    assert (got.sample_prob == 1).all()
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+def test_huge_temperature_is_uniform(impl: str, device: str, temperature: float) -> None:
+    """Over what may be drawn at all."""
+    logits = _logits(1, 8, device).expand(4000, -1).clone()
+    logits[:, 3] = -torch.inf
+    got = token_stats(logits, temperature=temperature, forbid=5, seed=0, impl=impl)
+    assert set(got.token.tolist()) == {0, 1, 2, 4, 6, 7}
+    torch.testing.assert_close(got.sample_prob, torch.full_like(got.sample_prob, 1 / 6))
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 2, "top_p": 0.5}], ids=str)
@@ -195,8 +217,6 @@ def test_extreme_values(impl: str, device: str, scale: float) -> None:
     torch.testing.assert_close(got.logsumexp.double(), torch.logsumexp(logits.double(), dim=1), rtol=1e-6, atol=1e-6)
     assert got.entropy.isfinite().all()
     assert (got.entropy >= 0).all()
-    cold = token_stats(logits, temperature=1e-30, seed=0, impl=impl)
-    assert torch.equal(cold.token, logits.argmax(dim=1)) or scale == 1e-30
     single = token_stats(logits[:, :1], seed=0, impl=impl)
     assert (single.token == 0).all()
     assert (single.p1 == 1).all()
@@ -261,6 +281,8 @@ F32, I64 = torch.float32, torch.int64
     ("top_p", lambda d: 1.5, ValueError, r"^top_p must be in \(0, 1\], got 1.5"),
     ("top_p", lambda d: float("nan"), ValueError, r"^top_p must be in \(0, 1\], got nan"),
     ("top_k", lambda d: 0, ValueError, r"^top_k must be in \[1, .*\], got 0"),
+    ("top_k", lambda d: 2.5, TypeError, r"^top_k must be an int, got 2.5"),
+    ("forbid", lambda d: 1.0, TypeError, r"^forbid must be an int, got 1.0"),
     ("forbid", lambda d: -1, ValueError, r"^forbid must be in \[0, 6\], got -1"),
     ("forbid", lambda d: 7, ValueError, r"^forbid must be in \[0, 6\], got 7"),
     ("current", zeros(I64, 4), ValueError, r"^current must be int64\[3\], got int64\[4\]"),

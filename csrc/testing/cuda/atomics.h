@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Integer atomics. Fibers share one operating-system thread, so plain loads and stores are atomic; another thread may
-// run before each.
+// Integer atomics. Fibers share one operating-system thread, so a load and a store are atomic together; another thread
+// may run before them.
 #pragma once
 
 #include <type_traits>
@@ -12,8 +12,8 @@ namespace simulator {
 template <class T, class F>
 T atomic(T* address, F&& next) {
   scheduling_point();
-  const T old = *address;
-  *address = next(old);
+  const T old = __atomic_load_n(address, __ATOMIC_ACQUIRE);
+  __atomic_store_n(address, next(old), __ATOMIC_RELEASE);
   return old;
 }
 
@@ -25,18 +25,18 @@ T wrapping_add(T a, T b) {
 
 }  // namespace simulator
 
-#define SIMULATOR_ATOMIC(name, T, next) \
-  inline T name(T* address, T value) { \
+#define SIMULATOR_ATOMIC(name, T, next)                                                   \
+  inline T name(T* address, T value) {                                                    \
     return simulator::atomic(address, [=]([[maybe_unused]] T old) -> T { return next; }); \
   }
-#define SIMULATOR_ATOMICS(T)                                                   \
-  SIMULATOR_ATOMIC(atomicMin, T, value < old ? value : old)                    \
-  SIMULATOR_ATOMIC(atomicMax, T, old < value ? value : old)                    \
-  SIMULATOR_ATOMIC(atomicAnd, T, old & value)                                  \
-  SIMULATOR_ATOMIC(atomicOr, T, old | value)                                   \
-  SIMULATOR_ATOMIC(atomicXor, T, old ^ value)                                  \
-  SIMULATOR_ATOMIC(atomicExch, T, value)                                       \
-  inline T atomicCAS(T* address, T compare, T value) {                         \
+#define SIMULATOR_ATOMICS(T)                                                                     \
+  SIMULATOR_ATOMIC(atomicMin, T, value < old ? value : old)                                      \
+  SIMULATOR_ATOMIC(atomicMax, T, old < value ? value : old)                                      \
+  SIMULATOR_ATOMIC(atomicAnd, T, old& value)                                                     \
+  SIMULATOR_ATOMIC(atomicOr, T, old | value)                                                     \
+  SIMULATOR_ATOMIC(atomicXor, T, old ^ value)                                                    \
+  SIMULATOR_ATOMIC(atomicExch, T, value)                                                         \
+  inline T atomicCAS(T* address, T compare, T value) {                                           \
     return simulator::atomic(address, [=](T old) -> T { return old == compare ? value : old; }); \
   }
 SIMULATOR_ATOMICS(int)

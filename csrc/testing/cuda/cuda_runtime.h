@@ -23,7 +23,9 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-inline void __syncthreads(simulator::Site site = simulator::Site::here()) { simulator::block_barrier("__syncthreads", 0, site); }
+inline void __syncthreads(simulator::Site site = simulator::Site::here()) {
+  simulator::block_barrier("__syncthreads", 0, site);
+}
 inline int __syncthreads_count(int predicate, simulator::Site site = simulator::Site::here()) {
   return simulator::block_barrier("__syncthreads_count", predicate != 0, site);
 }

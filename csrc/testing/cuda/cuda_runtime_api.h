@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
 #include <tuple>
 #include <utility>
@@ -57,23 +58,42 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
+// The simulated architecture: DIFFULLAMA_SIMULATED_ARCH=80 has no clusters and less shared memory a block.
+inline int simulated_arch() {
+  const char* value = std::getenv("DIFFULLAMA_SIMULATED_ARCH");
+  return value ? std::atoi(value) : 90;
+}
+inline size_t shared_bytes_per_block() {
+  return simulated_arch() >= 90 ? simulator::kSharedBytesPerBlock : size_t{163} << 10;
+}
+
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = simulator::kMultiprocessors;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
+      *value = simulated_arch() / 10;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = simulated_arch() % 10;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(simulator::kSharedBytesPerBlock);
+      *value = static_cast<int>(shared_bytes_per_block());
       return cudaSuccess;
   }
   return cudaErrorInvalidValue;
+}
+
+template <class T>
+cudaError_t cudaMallocManaged(T** address, size_t size) {
+  *address = static_cast<T*>(std::malloc(size));
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* address) {
+  std::free(address);
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t = nullptr) {
@@ -105,6 +125,16 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->ptxVersion = simulated_arch();
+  return cudaSuccess;
+}
+
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
@@ -130,6 +160,7 @@ inline cudaError_t launch_shape(const cudaLaunchConfig_t& config, simulator::Sha
   const size_t blocks = size_t{g.x} * g.y * g.z, threads = size_t{b.x} * b.y * b.z;
   const bool valid = blocks > 0 && g.y < 65536 && g.z < 65536 && threads > 0 && threads <= 1024 && b.z <= 64 &&
                      shape.cluster > 0 && shape.cluster <= 16 && g.x % shape.cluster == 0 &&
+                     !(shape.cooperative && shape.cluster > 1) &&  // not simulated
                      shape.shared_bytes <= simulator::kSharedBytesPerBlock;
   if (!valid) return cudaErrorInvalidConfiguration;
   int resident = 0;

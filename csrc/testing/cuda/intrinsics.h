@@ -31,10 +31,10 @@ To saturating(From v) {
 }  // namespace simulator
 
 // --- memory
-#define SIMULATOR_LOAD(name)   \
-  template <class T>           \
-  T name(const T* address) {   \
-    return *address;           \
+#define SIMULATOR_LOAD(name) \
+  template <class T>         \
+  T name(const T* address) { \
+    return *address;         \
   }
 SIMULATOR_LOAD(__ldg)
 SIMULATOR_LOAD(__ldca)
@@ -42,10 +42,10 @@ SIMULATOR_LOAD(__ldcg)
 SIMULATOR_LOAD(__ldcs)
 SIMULATOR_LOAD(__ldlu)
 #undef SIMULATOR_LOAD
-#define SIMULATOR_STORE(name)          \
-  template <class T>                   \
-  void name(T* address, T value) {     \
-    *address = value;                  \
+#define SIMULATOR_STORE(name)      \
+  template <class T>               \
+  void name(T* address, T value) { \
+    *address = value;              \
   }
 SIMULATOR_STORE(__stwb)
 SIMULATOR_STORE(__stcg)
@@ -66,7 +66,8 @@ inline unsigned __brev(unsigned v) {
   return reversed;
 }
 inline unsigned long long __brevll(unsigned long long v) {
-  return static_cast<unsigned long long>(__brev(static_cast<unsigned>(v))) << 32 | __brev(static_cast<unsigned>(v >> 32));
+  return static_cast<unsigned long long>(__brev(static_cast<unsigned>(v))) << 32 |
+         __brev(static_cast<unsigned>(v >> 32));
 }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
@@ -108,7 +109,9 @@ inline unsigned __float2uint_rn(float v) {
   return simulator::saturating<unsigned>(std::nearbyint(static_cast<double>(v)));
 }
 inline unsigned __float2uint_rz(float v) { return simulator::saturating<unsigned>(static_cast<double>(v)); }
-inline unsigned long long __float2ull_rn(float v) { return simulator::saturating<unsigned long long>(std::nearbyint(v)); }
+inline unsigned long long __float2ull_rn(float v) {
+  return simulator::saturating<unsigned long long>(std::nearbyint(v));
+}
 inline unsigned long long __float2ull_rz(float v) { return simulator::saturating<unsigned long long>(v); }
 inline unsigned long long __double2ull_rn(double v) {
   return simulator::saturating<unsigned long long>(std::nearbyint(v));
@@ -130,6 +133,10 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float v) { return 1.0f / v; }
 inline float __fsqrt_rn(float v) { return std::sqrt(v); }
 inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dadd_rd(double a, double b) {  // the rounding error of a + b is exact (Knuth, TwoSum)
+  const double sum = a + b, part = sum - a, error = (a - (sum - part)) + (b - part);
+  return error < 0 ? std::nextafter(sum, -INFINITY) : sum;
+}
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 inline float __fdividef(float a, float b) { return a / b; }

@@ -11,16 +11,16 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-#define SIMULATOR_VECTOR2(name, T)       \
-  struct alignas(2 * sizeof(T)) name {   \
-    T x, y;                              \
-  };                                     \
+#define SIMULATOR_VECTOR2(name, T)     \
+  struct alignas(2 * sizeof(T)) name { \
+    T x, y;                            \
+  };                                   \
   inline name make_##name(T x, T y) { return {x, y}; }
 
-#define SIMULATOR_VECTOR4(name, T)                                          \
-  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) name {            \
-    T x, y, z, w;                                                           \
-  };                                                                        \
+#define SIMULATOR_VECTOR4(name, T)                               \
+  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) name { \
+    T x, y, z, w;                                                \
+  };                                                             \
   inline name make_##name(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 SIMULATOR_VECTOR2(char2, signed char)

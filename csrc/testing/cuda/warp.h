@@ -7,6 +7,7 @@
 #include <string>
 #include <type_traits>
 
+#include "../races.h"
 #include "../simulator.h"
 
 namespace simulator {
@@ -16,7 +17,7 @@ struct Shuffle {
   uint64_t value, result;
   int source;
 
-  static void complete(Shuffle* const* lanes, uint32_t mask) {
+  SIMULATOR_NO_RACES static void complete(Shuffle* const* lanes, uint32_t mask) {
     for (int k = 0; k < 32; ++k) {
       if (!(mask >> k & 1)) continue;
       if (!(mask >> lanes[k]->source & 1)) {
@@ -43,7 +44,7 @@ struct Match {
   uint64_t value;
   uint32_t result;
 
-  static void complete(Match* const* lanes, uint32_t mask) {
+  SIMULATOR_NO_RACES static void complete(Match* const* lanes, uint32_t mask) {
     for (int k = 0; k < 32; ++k) {
       if (!(mask >> k & 1)) continue;
       lanes[k]->result = 0;
@@ -59,7 +60,7 @@ template <class T, class Op>
 struct Reduce {
   T value;
 
-  static void complete(Reduce* const* lanes, uint32_t mask) {
+  SIMULATOR_NO_RACES static void complete(Reduce* const* lanes, uint32_t mask) {
     const int first = __builtin_ctz(mask);
     T total = lanes[first]->value;
     for (int k = first + 1; k < 32; ++k) {
@@ -115,8 +116,6 @@ struct Xor {
   }
 };
 
-int lane_of_thread();
-
 }  // namespace simulator
 
 template <class T>
@@ -143,8 +142,11 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
   return simulator::shuffle("__shfl_xor_sync", mask, value, source > (lane | (width - 1)) ? lane : source, site);
 }
 
+// Of the warp-wide operations, this one alone orders memory.
 inline void __syncwarp(unsigned mask = ~0u, simulator::Site site = simulator::Site::here()) {
+  simulator::publish(simulator::warp_of_thread());
   simulator::reduce<simulator::Or>("__syncwarp", mask, 0u, site);
+  simulator::observe(simulator::warp_of_thread());
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, simulator::Site site = simulator::Site::here()) {
   const unsigned bit = predicate != 0 ? 1u << simulator::lane_of_thread() : 0u;
@@ -165,9 +167,9 @@ unsigned __match_any_sync(unsigned mask, T value, simulator::Site site = simulat
   return lane.result;
 }
 
-#define SIMULATOR_REDUCE(name, Op, T)                                                            \
-  inline T name(unsigned mask, T value, simulator::Site site = simulator::Site::here()) {        \
-    return simulator::reduce<simulator::Op>(#name, mask, value, site);                           \
+#define SIMULATOR_REDUCE(name, Op, T)                                                     \
+  inline T name(unsigned mask, T value, simulator::Site site = simulator::Site::here()) { \
+    return simulator::reduce<simulator::Op>(#name, mask, value, site);                    \
   }
 SIMULATOR_REDUCE(__reduce_add_sync, Add, unsigned)
 SIMULATOR_REDUCE(__reduce_add_sync, Add, int)

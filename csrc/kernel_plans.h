@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launch plan of every op by name, for `kernel_plan` in Python. Sizes are named as in the ops' documentation: B batch,
+// L length, M masks, N rows, V vocabulary, H hidden; element_size in bytes; flags are 0 or 1.
+#pragma once
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "attention_mask/attention_mask_plan.h"
+#include "common/kernel_plan.h"
+#include "noising/noising_plan.h"
+#include "shifted_cross_entropy/loss_plan.h"
+#include "unmasking/token_stats_plan.h"
+#include "unmasking/unmask_plan.h"
+
+namespace diffullama {
+
+// The sizes of one question. Taking a size uses it up; what is left at the end was not understood. Those of the device and
+// of elements are taken from every question.
+class PlanSizes {
+ public:
+  PlanSizes(std::string op, std::map<std::string, int64_t> sizes) : op_(std::move(op)), sizes_(std::move(sizes)) {
+    device_.n_sm = static_cast<int>(take("n_sm", device_.n_sm));
+    device_.shared_bytes = take("shared_bytes", device_.shared_bytes);
+    device_.clusters = take("clusters", device_.clusters) != 0;
+    element_size_ = static_cast<int>(take("element_size", 2));
+    if (element_size_ == 2 || element_size_ == 4 || element_size_ == 8) return;
+    throw std::invalid_argument("element_size must be 2, 4 or 8, got " + std::to_string(element_size_));
+  }
+
+  int64_t take(const std::string& name) {
+    if (sizes_.count(name) == 0) throw std::invalid_argument("kernel_plan of " + op_ + " needs " + name);
+    const int64_t size = sizes_.extract(name).mapped();
+    if (size >= 0 && size <= int64_t{1} << 40) return size;
+    throw std::invalid_argument(name + " must be in [0, 2^40], got " + std::to_string(size));
+  }
+
+  int64_t take(const std::string& name, int64_t otherwise) { return sizes_.count(name) ? take(name) : otherwise; }
+
+  bool flag(const std::string& name) { return take(name, 0) != 0; }
+
+  int element_size() const { return element_size_; }
+
+  const DeviceLimits& device() const { return device_; }
+
+  void check_all_taken() const {
+    if (!sizes_.empty()) throw std::invalid_argument("kernel_plan of " + op_ + " takes no " + sizes_.begin()->first);
+  }
+
+ private:
+  std::string op_;
+  std::map<std::string, int64_t> sizes_;
+  DeviceLimits device_;
+  int element_size_ = 2;
+};
+
+inline KernelPlan plan_mask_tokens(PlanSizes& s) {
+  const int64_t B = s.take("B"), L = s.take("L");
+  return plan_mask_tokens(B, L, s.flag("maskable"), s.flag("p_by_token"), s.device().n_sm);
+}
+
+// N scored tokens: the kernel of one chunk, the traffic and GEMMs of all of them.
+inline KernelPlan plan_linear_loss(PlanSizes& s) {
+  const int64_t n = s.take("N"), H = s.take("H"), V = s.take("V");
+  const int element_size = s.element_size();
+  const int64_t chunk = s.take("chunk_rows", rows_within(kChunkBytes, V, element_size));
+  return plan_linear_loss(n, H, V, std::clamp<int64_t>(chunk, 1, std::max<int64_t>(n, 1)), element_size);
+}
+
+inline KernelPlan plan_token_stats(PlanSizes& s) {
+  const int64_t N = s.take("N"), V = s.take("V");
+  const bool greedy = s.flag("greedy"), truncated = s.flag("truncated");
+  const Draw draw = greedy ? Draw::kGreedy : truncated ? Draw::kTruncated : Draw::kWhole;
+  return plan_token_stats(N, V, s.element_size(), draw, s.device()).launch;
+}
+
+inline KernelPlan plan_unmask(PlanSizes& s) {
+  const int64_t B = s.take("B");
+  return plan_unmask(B, s.take("L"));
+}
+
+inline KernelPlan plan_annealed_mask(PlanSizes& s) { return plan_annealed_mask(s.take("L")); }
+
+inline const std::map<std::string, KernelPlan (*)(PlanSizes&)>& plans() {
+  static const std::map<std::string, KernelPlan (*)(PlanSizes&)> table = {
+      {"annealed_mask", plan_annealed_mask}, {"linear_shifted_cross_entropy", plan_linear_loss},
+      {"mask_tokens", plan_mask_tokens},     {"token_stats", plan_token_stats},
+      {"unmask", plan_unmask},
+  };
+  return table;
+}
+
+inline std::vector<std::string> planned_ops() {
+  std::vector<std::string> names;
+  for (const auto& [op, plan] : plans()) names.push_back(op);
+  return names;
+}
+
+inline KernelPlan plan_of(const std::string& op, std::map<std::string, int64_t> sizes) {
+  const auto found = plans().find(op);
+  if (found == plans().end()) {
+    std::string known;
+    for (const std::string& name : planned_ops()) known += (known.empty() ? "" : ", ") + name;
+    throw std::invalid_argument("op must be one of " + known + ", got '" + op + "'");
+  }
+  PlanSizes given(op, std::move(sizes));
+  const KernelPlan plan = found->second(given);
+  given.check_all_taken();
+  return plan;
+}
+
+}  // namespace diffullama
