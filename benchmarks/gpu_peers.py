@@ -162,7 +162,7 @@ def peers_of(op: str, shape: Mapping[str, Any]) -> dict[str, Peer]:
         return {"eager": quota_rule, "compiled": compiled(quota_rule)}
     if op == "token_stats":
         return _samplers(shape)
-    peers = {"eager": all_rows, "eager, masked rows": masked_rows, "compiled": all_rows_compiled}
+    peers: dict[str, Peer] = {"eager": all_rows, "eager, masked rows": masked_rows, "compiled": all_rows_compiled}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         peers["torch native, unweighted"] = torch_native
     if find_spec("liger_kernel"):

@@ -49,7 +49,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def table(peaks: Mapping[str, float], records: Sequence[Record]) -> str:
     """The peaks, then a line for every contender."""
-    ours = {str((r["op"], r["shape"])): r for r in records if r["contender"] == "ext"}
-    rows = [HEADER, *(_cells(r, ours.get(str((r["op"], r["shape"])))) for r in records)]
+    rows, ours = [HEADER], None
+    for record in records:  # ours comes first in every row
+        ours = record if record["contender"] == "ext" else ours
+        rows.append(_cells(record, ours))
     first = f"copies {peaks['copy_bandwidth'] / 1e12:.3f} TB/s, multiplies {peaks['gemm_rate'] / 1e12:.1f} TFLOP/s"
     return "\n".join([f"{first}; medians; extra is memory beyond inputs and results", *aligned(rows)])

@@ -19,9 +19,11 @@ from .functional import (
     token_stats,
     unmask,
 )
+from .kernel_plan import KernelPlan, kernel_plan
 
 __all__ = [
     "AttentionMask",
+    "KernelPlan",
     "LossStats",
     "MaskedTokens",
     "TokenStats",
@@ -31,6 +33,7 @@ __all__ = [
     "attention",
     "build_info",
     "functional",
+    "kernel_plan",
     "linear_shifted_cross_entropy",
     "mask_tokens",
     "modules",

@@ -111,7 +111,7 @@ __device__ void count_sample(const Context<T, kResident>& c, const Scales& scale
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     if (!(x[i] >= -FLT_MAX)) continue;
-    const float position = fmaxf(scales.below_top(x[i]) * scales.draw, lowest) * per_bin;
+    const float position = fmaxf((x[i] - scales.top) * scales.draw, lowest) * per_bin;
     atomicAdd(&estimate.counts[min(kBins - 1, static_cast<int>(position))], 1u);
   }
 }

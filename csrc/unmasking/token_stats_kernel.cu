@@ -85,63 +85,93 @@ __device__ void find_top(const Context<T, kResident>& c, uint32_t lane_bits, uin
 
 // --- the pass over the whole row
 
-// Sums of one chunk, in one order for every launch.
-struct ChunkSums {
-  float weight[2] = {}, entropy[2] = {}, drawn[2] = {};
-};
-
-struct TileSums {
+struct SegmentSums {
   MassSum weight, entropy, drawn, kept;
 };
+
+// f(0) + f(2) + ... plus f(1) + f(3) + ...: one order for every launch.
+template <class F>
+__device__ __forceinline__ float chunk_sum(F&& f) {
+  float even = f(0), odd = f(1);
+#pragma unroll
+  for (int i = 2; i < kChunk; i += 2) {
+    even += f(i);
+    odd += f(i + 1);
+  }
+  return even + odd;
+}
+
+// (top - x) exp(x - top) over a chunk; an entry of -inf adds 0.
+__device__ __forceinline__ float chunk_entropy(const float (&below)[kChunk], const float (&weight)[kChunk]) {
+  const auto sum = [&](auto&& term) {
+    float even = term(0) * weight[0], odd = term(1) * weight[1];
+#pragma unroll
+    for (int i = 2; i < kChunk; i += 2) {
+      even = fmaf(term(i), weight[i], even);
+      odd = fmaf(term(i + 1), weight[i + 1], odd);
+    }
+    return even + odd;
+  };
+  const float entropy = sum([&](int i) { return -below[i]; });
+  if (entropy == entropy) return entropy;
+  return sum([&](int i) { return weight[i] > 0 ? -below[i] : 0.0f; });  // rarely
+}
 
 // Truncated draws keep what is above the pivot for now.
 template <Draw kDraw, class T>
 __device__ __forceinline__ void add_chunk(const Chunk<T>& chunk, const Scales& scales, float pivot, bool draws,
-                                          TileSums& sums) {
-  float x[kChunk], weight[kChunk];
+                                          SegmentSums& sums) {
+  float x[kChunk], below[kChunk], weight[kChunk];
   unpack(chunk, x);
-  ChunkSums s;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
-    const float below = scales.below_top(x[i]);
-    weight[i] = exp2_approx(below * scales.stats);
-    s.weight[i % 2] += weight[i];
-    s.entropy[i % 2] = fmaf(-below, weight[i], s.entropy[i % 2]);
+    below[i] = x[i] - scales.top;
+    weight[i] = exp2_approx(below[i] * scales.stats);
   }
-  sums.weight.add(s.weight[0] + s.weight[1]);
-  sums.entropy.add(s.entropy[0] + s.entropy[1]);
+  float total = chunk_sum([&](int i) { return weight[i]; });
+  sums.weight.add(total);
+  sums.entropy.add(chunk_entropy(below, weight));
   if constexpr (kDraw == Draw::kGreedy) return;
   if (!draws) return;
   if (scales.tempered()) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) weight[i] = scales.draw_weight(x[i]);
+    for (int i = 0; i < kChunk; ++i) weight[i] = exp2_approx(below[i] * scales.draw);
+    if constexpr (kDraw == Draw::kTruncated) total = chunk_sum([&](int i) { return weight[i]; });
   }
+  if constexpr (kDraw == Draw::kTruncated) sums.drawn.add(total);
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
-    if constexpr (kDraw == Draw::kTruncated) s.drawn[i % 2] += weight[i];
     if (kDraw == Draw::kWhole || x[i] > pivot) sums.kept.add(weight[i]);
   }
-  if constexpr (kDraw == Draw::kTruncated) sums.drawn.add(s.drawn[0] + s.drawn[1]);
 }
+
+// A lane's sums over 8 tiles are below 256: they are exact so long.
+constexpr int kExactTiles = 8;
 
 template <Draw kDraw, class T, bool kResident>
 __device__ void add_segment(const Context<T, kResident>& c, const Scales& scales, float pivot, bool draws,
                             WarpRecord& record) {
   uint64_t weight = 0, entropy = 0, drawn = 0, kept = 0;
-  for (int tile = 0; tile < c.p.layout.tiles; ++tile) {
-    TileSums sums;
+  for (int first_tile = 0; first_tile < c.p.layout.tiles; first_tile += kExactTiles) {
+    SegmentSums sums;
+    const int end_tile = min(first_tile + kExactTiles, c.p.layout.tiles);
 #pragma unroll 1
-    for (int k = 0; k < kSteps && c.chunk_of(tile, k) < c.own.end; ++k) {
-      add_chunk<kDraw>(c.slice.chunk(c.chunk_of(tile, k)), scales, pivot, draws, sums);
+    for (int tile = first_tile; tile < end_tile; ++tile) {
+      sums.kept = MassSum();
+#pragma unroll 2
+      for (int k = 0; k < kSteps; ++k) {
+        if (c.chunk_of(tile, k) >= c.own.end) break;
+        add_chunk<kDraw>(c.slice.chunk(c.chunk_of(tile, k)), scales, pivot, draws, sums);
+      }
+      if constexpr (kDraw != Draw::kGreedy) {
+        const uint64_t tile_mass = warp_total_of_tiles(sums.kept.mass());
+        if (c.team.lane == 0) c.tile_sums[tile] = tile_mass;
+        kept += tile_mass;
+      }
     }
     weight += sums.weight.mass();
     entropy += sums.entropy.mass();
     if constexpr (kDraw == Draw::kTruncated) drawn += sums.drawn.mass();
-    if constexpr (kDraw != Draw::kGreedy) {
-      const uint64_t tile_mass = warp_total(sums.kept.mass());
-      if (c.team.lane == 0) c.tile_sums[tile] = tile_mass;
-      kept += tile_mass;
-    }
   }
   weight = warp_total(weight);
   entropy = warp_total(entropy);
@@ -168,8 +198,8 @@ __device__ bool draw_token(const Context<T, kResident>& c, const Scales& scales,
   uint64_t kept[kRounds], sum = 0;
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    const int w = r * kWarp + c.team.lane;
-    sum += kept[r] = w < c.team.n_warps() ? c.team.of_warp(c.shared.warps, w).kept : 0;
+    const int slot = r * kWarp + c.team.lane;
+    sum += kept[r] = c.team.is_used(slot) ? c.team.of_slot(c.shared.warps, slot).kept : 0;
   }
   const uint64_t total = warp_total(sum);
   uint64_t target = draw_target(c.shared.uniform62, total);
@@ -178,8 +208,8 @@ __device__ bool draw_token(const Context<T, kResident>& c, const Scales& scales,
   for (int r = 0, found = kWarp; r < kRounds; ++r) {
     if (found == kWarp) owner = r * kWarp + (found = descend(kept[r], target));
   }
-  if (owner / c.team.warps != c.team.rank) return false;
-  const int warp = owner % c.team.warps, n_tiles = c.p.layout.tiles;
+  if (owner / kTokenStatsWarps != c.team.rank) return false;
+  const int warp = owner % kTokenStatsWarps, n_tiles = c.p.layout.tiles;
   const uint64_t* tile_sums = c.tile_sums + (warp - c.team.warp) * n_tiles;
   const int tile = descend(c.team.lane < n_tiles ? tile_sums[c.team.lane] : 0, target);
 
@@ -238,8 +268,10 @@ __device__ void write_row(const Context<T, kResident>& c, float top, Drawn drawn
   const double entropy = kUnit * static_cast<double>(c.team.total(c.shared.warps, &WarpRecord::entropy));
   uint32_t second = ~0u;
   int first = INT_MAX, n_top = 0;
-  for (int w = c.team.lane; w < c.team.n_warps(); w += kWarp) {
-    const WarpRecord& record = c.team.of_warp(c.shared.warps, w);
+#pragma unroll 1
+  for (int slot = c.team.lane; slot < c.team.n_slots(); slot += kWarp) {
+    if (!c.team.is_used(slot)) continue;
+    const WarpRecord& record = c.team.of_slot(c.shared.warps, slot);
     second = min(second, record.second);
     first = min(first, record.first_top);
     n_top += record.n_top;
@@ -290,7 +322,7 @@ __device__ uint64_t truncate(const Context<T, kResident>& c, const Scales& scale
   const TokenStatsParams& p = c.p;
   const bool by_count = p.top_k > 0 && p.top_k < p.V;
   const uint32_t low_bits = c.team.largest(c.shared.low);
-  float lowest = low_bits == 0 ? 0.0f : fmaxf(scales.below_top(value_of_bits(low_bits)) * scales.draw, kLowest);
+  float lowest = low_bits == 0 ? 0.0f : fmaxf((value_of_bits(low_bits) - scales.top) * scales.draw, kLowest);
   lowest = lowest > -1e-20f ? 0.0f : lowest;
   count_sample(c, scales, lowest, s.estimate);
   c.team.sync();

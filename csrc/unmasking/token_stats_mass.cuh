@@ -40,20 +40,19 @@ __device__ __forceinline__ uint64_t mass_of(float weight) {
   return sum.mass();
 }
 
-// exp((x - top) / T) = ex2((x - top) * scale). x - top is kept finite: 0 * -inf would be NaN.
+// exp((x - top) / T) = ex2((x - top) * scale).
 struct Scales {
   float top;
   float stats, draw;  // log2(e), and log2(e) / T
 
   __device__ __forceinline__ bool tempered() const { return stats != draw; }
-  __device__ __forceinline__ float below_top(float x) const { return fmaxf(x - top, -FLT_MAX); }
-  __device__ __forceinline__ float draw_weight(float x) const { return exp2_approx(below_top(x) * draw); }
+  __device__ __forceinline__ float draw_weight(float x) const { return exp2_approx((x - top) * draw); }
 };
 
-// T is bounded so that -FLT_MAX / T has no mass and 0 * scale is 0.
+// T is bounded so that neither 0 * draw nor -inf * draw is NaN.
 __device__ __forceinline__ Scales scales_of(float top, float temperature) {
   constexpr float kLog2E = 1.44269504088896341f;
-  const float bounded = fminf(fmaxf(temperature, 1e-37f), 1e36f);
+  const float bounded = fminf(fmaxf(temperature, 1e-37f), 1e37f);
   return {top, kLog2E, temperature == 1.0f ? kLog2E : kLog2E / bounded};
 }
 
@@ -65,6 +64,14 @@ __device__ __forceinline__ uint64_t warp_total(uint64_t v) {
   const uint64_t middle = __reduce_add_sync(kAllLanes, static_cast<unsigned>(v >> 22) & kMask);
   const uint64_t high = __reduce_add_sync(kAllLanes, static_cast<unsigned>(v >> 44));
   return low + (middle << 22) + (high << 44);
+}
+
+// The same for values below 2^54.
+__device__ __forceinline__ uint64_t warp_total_of_tiles(uint64_t v) {
+  constexpr unsigned kMask = (1u << 27) - 1;
+  const uint64_t low = __reduce_add_sync(kAllLanes, static_cast<unsigned>(v) & kMask);
+  const uint64_t high = __reduce_add_sync(kAllLanes, static_cast<unsigned>(v >> 27));
+  return low + (high << 27);
 }
 
 __device__ __forceinline__ uint64_t warp_inclusive_sums(uint64_t v) {

@@ -19,12 +19,14 @@ namespace diffullama::token_stats {
 // --- chunks: 8 entries in one or two pieces of 16 bytes
 
 template <class T>
-struct Chunk {
-  uint4 pieces[sizeof(T) * kChunk / 16];
-};
-
+constexpr int kPieces = sizeof(T) * kChunk / 16;
 template <class T>
 constexpr int kPerPiece = 16 / sizeof(T);
+
+template <class T>
+struct Chunk {
+  uint4 pieces[kPieces<T>];
+};
 
 // Two 16-bit entries; not of float.
 template <class T>
@@ -90,37 +92,38 @@ struct GlobalRow {
 
   __device__ __forceinline__ unsigned shift() const { return reinterpret_cast<uintptr_t>(x) % 16; }
 
-  // Whether the piece from entry `first` on can be loaded by aligned 16-byte loads that stay in the row.
+  // Whether the chunk from entry `first` on can be loaded by aligned 16-byte loads that stay in the row.
   __device__ __forceinline__ bool is_inside(int first) const {
-    return shift() == 0 ? first + kPerPiece<T> <= V : first > 0 && first + 2 * kPerPiece<T> <= V;
+    return shift() == 0 ? first + kChunk <= V : first > 0 && first + kChunk + kPerPiece<T> <= V;
   }
 
-  // Its two aligned halves; the second is not used where the row is aligned.
-  __device__ __forceinline__ void load_inside(int first, uint4& low, uint4& high) const {
-    const auto* aligned = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(x + first) - shift());
-    low = __ldg(aligned);
-    high = shift() == 0 ? low : __ldg(aligned + 1);
-  }
-
-  __device__ __forceinline__ uint4 join(uint4 low, uint4 high) const {
-    return shift() == 0 ? low : shifted(low, high, shift());
+  // The aligned pieces that hold it: one more than it has, where the row is not aligned.
+  __device__ __forceinline__ const uint4* aligned_pieces(int first) const {
+    return reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(x + first) - shift());
   }
 
   // At the ends of the row: entry by entry, -inf past its end.
-  __device__ uint4 load_at_end(int first) const {
-    T values[kPerPiece<T>];
+  __device__ Chunk<T> load_at_end(int first) const {
+    T values[kChunk];
 #pragma unroll
-    for (int i = 0; i < kPerPiece<T>; ++i) values[i] = first + i < V ? x[first + i] : minus_infinity<T>();
-    uint4 piece;
-    memcpy(&piece, values, sizeof piece);
-    return piece;
+    for (int i = 0; i < kChunk; ++i) values[i] = first + i < V ? x[first + i] : minus_infinity<T>();
+    Chunk<T> chunk;
+    memcpy(&chunk, values, sizeof chunk);
+    return chunk;
   }
 
-  __device__ __forceinline__ uint4 load(int first) const {
+  __device__ __forceinline__ Chunk<T> load(int first) const {
     if (!is_inside(first)) return load_at_end(first);
-    uint4 low, high;
-    load_inside(first, low, high);
-    return join(low, high);
+    Chunk<T> chunk;
+    const uint4* from = aligned_pieces(first);
+    uint4 low = __ldg(from);
+#pragma unroll
+    for (int i = 0; i < kPieces<T>; ++i) {
+      const uint4 high = shift() == 0 && i + 1 == kPieces<T> ? low : __ldg(from + i + 1);
+      chunk.pieces[i] = shift() == 0 ? low : shifted(low, high, shift());
+      low = high;
+    }
+    return chunk;
   }
 };
 
@@ -129,6 +132,8 @@ struct GlobalRow {
 // Which chunks of the slice belong to a lane: first, first + 32, ... below end. Every pass goes through the same ones.
 struct LaneChunks {
   int first, end;
+
+  __device__ __forceinline__ bool has(int c) const { return c >= first && c < end && (c - first) % kWarp == 0; }
 };
 
 template <class T, bool kResident>
@@ -143,10 +148,8 @@ struct Slice {
     if constexpr (kResident) {
       return reinterpret_cast<const Chunk<T>*>(resident)[c];
     } else {
-      Chunk<T> chunk;
       const int first = begin + kChunk * c;
-#pragma unroll
-      for (int i = 0; i < kChunk / kPerPiece<T>; ++i) chunk.pieces[i] = row.load(first + i * kPerPiece<T>);
+      Chunk<T> chunk = row.load(first);
       if (static_cast<unsigned>(forbid - first) < unsigned{kChunk}) forbid_in(chunk, forbid - first);
       return chunk;
     }
@@ -163,62 +166,53 @@ struct Slice {
 
   // Fills `resident`; a lane may then read its own chunks, other lanes after a barrier.
   __device__ __forceinline__ void stage(LaneChunks own) const {
+    auto* to = reinterpret_cast<Chunk<T>*>(resident);
     if (row.shift() == 0) {
-      stage_aligned(own);
+      stage_aligned(own, to);
     } else {
-      stage_shifted(own);
+      stage_shifted(own, to);
     }
-    const int c = (forbid - begin) / kChunk;
-    if (forbid >= begin && c >= own.first && c < own.end && (c - own.first) % kWarp == 0) {
-      resident[forbid - begin] = minus_infinity<T>();
+#pragma unroll 1
+    for (int end = 0; end < 3; ++end) {  // the chunks that may hold an end of the row
+      const int c = end == 0 ? 0 : chunks - end;
+      if (own.has(c) && !row.is_inside(begin + kChunk * c)) to[c] = row.load_at_end(begin + kChunk * c);
     }
+    cp_async_wait<0>();
+    if (forbid >= begin && own.has((forbid - begin) / kChunk)) resident[forbid - begin] = minus_infinity<T>();
   }
 
  private:
-  static constexpr int kPieces = kChunk / kPerPiece<T>;
-
-  __device__ __forceinline__ uint4* piece(int c, int i) const {
-    return reinterpret_cast<uint4*>(resident) + c * kPieces + i;
-  }
-  __device__ __forceinline__ int entry(int c, int i) const { return begin + kChunk * c + i * kPerPiece<T>; }
-
-  __device__ __forceinline__ void stage_aligned(LaneChunks own) const {
-    for (int c = own.first; c < own.end; c += kWarp) {
+  __device__ __forceinline__ void stage_aligned(LaneChunks own, Chunk<T>* to) const {
+    const int end = min(own.end, (row.V - begin) / kChunk);
+    const auto* from = reinterpret_cast<const Chunk<T>*>(row.x + begin);
+#pragma unroll 4
+    for (int c = own.first; c < end; c += kWarp) {
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        const int first = entry(c, i);
-        if (row.is_inside(first)) {
-          cp_async<16>(piece(c, i), row.x + first);
-        } else {
-          *piece(c, i) = row.load_at_end(first);
-        }
-      }
+      for (int i = 0; i < kPieces<T>; ++i) cp_async<16>(&to[c].pieces[i], &from[c].pieces[i]);
     }
     cp_async_commit();
-    cp_async_wait<0>();
   }
 
   // Through registers, several loads in flight.
-  __device__ __forceinline__ void stage_shifted(LaneChunks own) const {
-    constexpr int kInFlight = 4 / kPieces;
-    for (int c = own.first; c < own.end; c += kInFlight * kWarp) {
-      uint4 low[kInFlight][kPieces], high[kInFlight][kPieces];
+  __device__ __forceinline__ void stage_shifted(LaneChunks own, Chunk<T>* to) const {
+    constexpr int kAtOnce = 4 / kPieces<T>;
+    for (int first = own.first; first < own.end; first += kAtOnce * kWarp) {
+      uint4 pieces[kAtOnce][kPieces<T> + 1];
+      bool inside[kAtOnce];
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int c = first + k * kWarp, entry = begin + kChunk * c;
+        inside[k] = c < own.end && row.is_inside(entry);
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          const int first = entry(c + k * kWarp, i);
-          if (c + k * kWarp < own.end && row.is_inside(first)) row.load_inside(first, low[k][i], high[k][i]);
+        for (int i = 0; i <= kPieces<T>; ++i) {
+          if (inside[k]) pieces[k][i] = __ldg(row.aligned_pieces(entry) + i);
         }
       }
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
+      for (int k = 0; k < kAtOnce; ++k) {
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          const int first = entry(c + k * kWarp, i);
-          if (c + k * kWarp >= own.end) continue;
-          *piece(c + k * kWarp, i) =
-              row.is_inside(first) ? row.join(low[k][i], high[k][i]) : row.load_at_end(first);
+        for (int i = 0; i < kPieces<T>; ++i) {
+          if (inside[k]) to[first + k * kWarp].pieces[i] = shifted(pieces[k][i], pieces[k][i + 1], row.shift());
         }
       }
     }

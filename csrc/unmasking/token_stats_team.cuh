@@ -43,25 +43,33 @@ struct Team {
   }
   __device__ __forceinline__ int n_warps() const { return size * warps; }
 
-  // Entry of the team's warp w, in the order of the row, in an array of one entry a warp.
+  // The team's warps in the order of the row are slots: kTokenStatsWarps a block, of which `warps` are in use.
+  __device__ __forceinline__ int n_slots() const { return size * kTokenStatsWarps; }
+  __device__ __forceinline__ bool is_used(int slot) const {
+    return slot < n_slots() && slot % kTokenStatsWarps < warps;
+  }
+  // A slot's entry of an array of one entry a warp.
   template <class V>
-  __device__ __forceinline__ V& of_warp(V* mine, int w) const {
-    return shared_of_rank(mine, w / warps)[w % warps];
+  __device__ __forceinline__ V& of_slot(V* mine, int slot) const {
+    return shared_of_rank(mine, slot / kTokenStatsWarps)[slot % kTokenStatsWarps];
   }
 
   __device__ __forceinline__ uint32_t smallest(uint32_t* mine) const {
     uint32_t v = ~0u;
-    for (int w = lane; w < n_warps(); w += kWarp) v = min(v, of_warp(mine, w));
+#pragma unroll 1
+    for (int slot = lane; slot < n_slots(); slot += kWarp) v = is_used(slot) ? min(v, of_slot(mine, slot)) : v;
     return __reduce_min_sync(kAllLanes, v);
   }
   __device__ __forceinline__ uint32_t largest(uint32_t* mine) const {
     uint32_t v = 0;
-    for (int w = lane; w < n_warps(); w += kWarp) v = max(v, of_warp(mine, w));
+#pragma unroll 1
+    for (int slot = lane; slot < n_slots(); slot += kWarp) v = is_used(slot) ? max(v, of_slot(mine, slot)) : v;
     return __reduce_max_sync(kAllLanes, v);
   }
   __device__ __forceinline__ uint64_t total(WarpRecord* mine, uint64_t WarpRecord::*field) const {
     uint64_t v = 0;
-    for (int w = lane; w < n_warps(); w += kWarp) v += of_warp(mine, w).*field;
+#pragma unroll 1
+    for (int slot = lane; slot < n_slots(); slot += kWarp) v += is_used(slot) ? of_slot(mine, slot).*field : 0;
     return warp_total(v);
   }
 };

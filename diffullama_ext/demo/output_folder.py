@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def is_free(out: Path) -> bool:
+    """Whether nothing would be lost by writing ``out``: it does not exist, or is an empty folder."""
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+
+
+@contextmanager
+def written_at_once(out: Path) -> Iterator[Path]:
+    """Yields a new folder beside ``out``; it takes the place of ``out`` if nothing is raised."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # one file system: renaming is atomic
+    new, old = beside / "new", beside / "old"
+    new.mkdir()
+    try:
+        yield new
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`diffullama adapt` and then `sample` and `infill`, on a model and data of the user's."""
+
+import json
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+QUICK = ("--steps", 6, "--length", 16, "--batch-size", 4, "--learning-rate", 0.01, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def adapted(run, models, tmp_path_factory):
+    """(result, folder) of a short adaptation."""
+    root = tmp_path_factory.mktemp("adapted")
+    data = root / "data.jsonl"
+    data.write_text("".join(json.dumps({"body": f"def f{i}(a):\n    return a\n"}) + "\n" for i in range(120)))
+    out = root / "model"
+    result = run("adapt", "--model", models / "gpt2", "--data", data, "--column", "body", "--out", out, *QUICK)
+    assert result.exit_code == 0, result.output
+    return result, out
+
+
+def test_the_model_learns_and_is_saved_for_plain_transformers(adapted):
+    result, out = adapted
+    figures = json.loads((out / "metrics.json").read_text())
+    before, after = (figures["models"][name]["diffusion_loss"]["mean"] for name in ("as it was", "adapted"))
+    assert after < before - 0.1
+    assert f"{after:.3f}" in result.stdout
+    assert (figures["length"], figures["anneal_steps"], figures["max_steps"]) == (16, 2, 6)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.architectures == ["GPT2LMHeadModel"]
+    assert model.config.diffusion == {"shift": True, "anneal_steps": 2}
+    assert AutoTokenizer.from_pretrained(out).mask_token_id == model.config.mask_token_id
+
+
+def test_progress_has_the_loss(adapted):
+    assert any(line.startswith("adapt: 6 in ") and "loss " in line for line in adapted[0].stderr.splitlines())
+
+
+def test_options_reach_the_model(run, models, text_file, tmp_path):
+    out = tmp_path / "out"
+    options = ("--no-shift", "--mask-token", "<hole>", "--anneal-steps", 0, "--steps", 1, "--accumulate", 2)
+    result = run("adapt", "--model", models / "gpt2", "--data", text_file, "--out", out, *QUICK[2:], *options)
+    assert result.exit_code == 0, result.output
+    assert AutoModelForCausalLM.from_pretrained(out).config.diffusion == {"shift": False, "anneal_steps": 0}
+    assert AutoTokenizer.from_pretrained(out).mask_token == "<hole>"
+
+
+def test_a_seed_repeats_the_adaptation(run, models, text_file, tmp_path):
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        options = ("--out", tmp_path / name, "--seed", seed)
+        assert run("adapt", "--model", models / "gpt2", "--data", text_file, *QUICK, *options).exit_code == 0
+        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).transformer.wte.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "text"),
+    [
+        ("nowhere.txt", None, "no such file or folder: "),
+        ("empty.txt", b"", "no text in "),
+        ("binary.txt", b"\xff\xfe\x00\x01", "is not UTF-8 text (byte 0 is 0xff)"),
+        ("broken.jsonl", b'{"text": \n oh', "is not readable as json: "),
+        ("other.jsonl", b'{"body": "x"}\n', "has no column 'text'; it has 'body'"),
+        ("false.parquet", b"no parquet at all", "is not readable as parquet: "),
+        ("short.txt", b"x", "the data is too short: 1 documents make 2 tokens, one block needs 16"),
+        ("block.txt", b"0123456789 123456789", "the data is too short: 1 block of 16 tokens cannot be split"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value and " " not in value else "",
+)
+def test_data_that_cannot_be_used(fails, models, tmp_path, name, data, text):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    arguments = ("--model", models / "gpt2", "--data", tmp_path / name, "--out", tmp_path / "out")
+    fails(2, (text, name) if "short" not in text else (text,), "adapt", *arguments, *QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read(fails, models, text_file, tmp_path):
+    text_file.chmod(0)
+    arguments = ("--model", models / "gpt2", "--data", text_file, "--out", tmp_path / "out")
+    fails(2, ("Permission denied", text_file.name), "adapt", *arguments, *QUICK)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "weights", "nowhere"])
+def test_models_that_cannot_be_adapted(fails, models, text_file, tmp_path, name):
+    text = "no such directory" if name == "nowhere" else "is not a causal language model"
+    arguments = ("--model", models / name, "--data", text_file, "--out", tmp_path / "out")
+    fails(2, (text,), "adapt", *arguments, *QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--length", 64), "--length must be at most the model's 32 positions, got 64"),
+        (("--anneal-steps", 7), "--anneal-steps must be at most --steps, got 7 and 6"),
+        (("--heldout", 1.5), "share must be in (0, 1), got 1.5"),
+    ],
+    ids=["length", "annealing", "share"],
+)
+def test_options_that_do_not_fit(fails, models, text_file, tmp_path, options, text):
+    arguments = ("--model", models / "gpt2", "--data", text_file, "--out", tmp_path / "out")
+    fails(2, (text,), "adapt", *arguments, *QUICK, *options)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(fails, models, text_file, tmp_path):
+    arguments = ("--model", models / "gpt2", "--data", text_file, "--out", tmp_path)
+    fails(2, ("is not empty",), "adapt", *arguments, *QUICK)
+
+
+def test_sampling_continues_a_prompt_and_repeats_by_seed(run, adapted):
+    arguments = ("sample", "--model", adapted[1], "--device", "cpu", "--prompt", r"def f1(a):\n", "--length", 8)
+    texts = [run(*arguments, "--seed", seed).stdout for seed in (3, 3, 4)]
+    assert texts[0].startswith("def f1(a):\n")
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    "options", [("--policy", "random", "--steps", 3), ("--policy", "threshold", "--threshold", 0.5), ("--top-k", 5)]
+)
+def test_policies(run, adapted, options):
+    result = run(
+        "sample", "--model", adapted[1], "--device", "cpu", "--length", 6, "-n", 2, "--block-length", 3, *options
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("--- ") == 2
+
+
+def test_infilling_keeps_both_sides_and_escapes_can_be_off(run, adapted):
+    arguments = ("infill", "--model", adapted[1], "--device", "cpu")
+    escaped = run(*arguments, "--text", r"def f(a):\n\t[MASK:3] \\n end")
+    assert escaped.exit_code == 0, escaped.output
+    assert escaped.stdout.startswith("def f(a):\n\t")
+    assert escaped.stdout.endswith(" \\n end\n")
+    raw = run(*arguments, "--no-escapes", "--text", r"def f(a):\n[MASK:3]")
+    assert raw.stdout.startswith(r"def f(a):\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "text"),
+    [
+        ("sample", ("--policy", "psychic"), "policy must be one of 'random', 'confidence', 'threshold', got 'psychic'"),
+        ("sample", ("--threshold", 0.5), "policy 'confidence' has the parameters"),
+        ("sample", ("--length", 4, "--top-p", 0.0), "top_p must be in (0, 1], got 0.0"),
+        ("sample", ("--length", 40), "and the model takes 32"),
+        ("infill", ("--text", "nothing to fill"), "text must have a span [MASK:n] to fill"),
+        ("infill", ("--text", "[MASK:many]"), "text must mark spans as [MASK:n]"),
+    ],
+    ids=["policy", "threshold", "top-p", "length", "no-span", "bad-span"],
+)
+def test_wrong_options_of_sampling(fails, adapted, command, options, text):
+    fails(2, (text,), command, "--model", adapted[1], "--device", "cpu", *options)
+
+
+@pytest.mark.parametrize("command", [("sample",), ("infill", "--text", "[MASK:3]")], ids=["sample", "infill"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("gpt2", "mask_token_id=None"), ("t5", "is not a causal language model"), ("nowhere", "no such directory")],
+)
+def test_models_that_cannot_be_sampled_from(fails, models, command, name, text):
+    fails(2, (text,), *command, "--model", models / name, "--device", "cpu")
