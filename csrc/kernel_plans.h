@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launch plan of every op by name, for `kernel_plan` in Python. Sizes are named as in the ops' documentation: B batch,
-// L length, M masks, N rows, V vocabulary, H hidden; element_size in bytes; flags are 0 or 1.
+// The launch plan of every op by name, for `kernel_plan` in Python. Sizes are named as in the ops' documentation: B
+// batch, L length, M masks, N rows, V vocabulary, H hidden; element_size in bytes; flags are 0 or 1.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@
 
 namespace diffullama {
 
-// The sizes of one question. Taking a size uses it up; what is left at the end was not understood. Those of the device and
-// of elements are taken from every question.
+// The sizes of one question. Taking a size uses it up; what is left at the end was not understood. Those of the device
+// and of elements are taken from every question.
 class PlanSizes {
  public:
   PlanSizes(std::string op, std::map<std::string, int64_t> sizes) : op_(std::move(op)), sizes_(std::move(sizes)) {
@@ -87,8 +87,10 @@ inline KernelPlan plan_annealed_mask(PlanSizes& s) { return plan_annealed_mask(s
 
 inline const std::map<std::string, KernelPlan (*)(PlanSizes&)>& plans() {
   static const std::map<std::string, KernelPlan (*)(PlanSizes&)> table = {
-      {"annealed_mask", plan_annealed_mask}, {"linear_shifted_cross_entropy", plan_linear_loss},
-      {"mask_tokens", plan_mask_tokens},     {"token_stats", plan_token_stats},
+      {"annealed_mask", plan_annealed_mask},
+      {"linear_shifted_cross_entropy", plan_linear_loss},
+      {"mask_tokens", plan_mask_tokens},
+      {"token_stats", plan_token_stats},
       {"unmask", plan_unmask},
   };
   return table;

@@ -44,11 +44,13 @@ STABLE_TORCH_LIBRARY(diffullama, m) {
       " float label_smoothing, float softcap, int chunk_rows, ScalarType accum_dtype, int max_scored) -> Tensor nll");
   m.def(
       "linear_shifted_nll_backward(Tensor dnll, Tensor hidden, Tensor weight, Tensor? bias, Tensor x0, Tensor masked,"
-      " bool shift, float label_smoothing, float softcap, int chunk_rows, ScalarType accum_dtype, int max_scored, bool need_dhidden,"
+      " bool shift, float label_smoothing, float softcap, int chunk_rows, ScalarType accum_dtype, int max_scored, bool "
+      "need_dhidden,"
       " bool need_dweight, bool need_dbias) -> (Tensor dhidden, Tensor dweight, Tensor dbias)");
   m.def(
       "linear_shifted_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor x0, Tensor masked,"
-      " Tensor loss_weight, bool shift, float label_smoothing, float softcap, int chunk_rows, ScalarType accum_dtype, int max_scored,"
+      " Tensor loss_weight, bool shift, float label_smoothing, float softcap, int chunk_rows, ScalarType accum_dtype, "
+      "int max_scored,"
       " bool need_dhidden, bool need_dweight, bool need_dbias)"
       " -> (Tensor weighted_sum, Tensor nll_sum, Tensor count, Tensor dhidden, Tensor dweight, Tensor dbias)");
 

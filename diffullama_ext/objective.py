@@ -118,6 +118,30 @@ class _Batch(NamedTuple):
     t: Tensor  # [B] float32
 
 
+def _count_for_host(scored: Tensor) -> Callable[[], int | None]:
+    """Start bringing the number of True entries to the host; the result reads it, None where the op may ask itself.
+
+    On CUDA the copy is queued before the model's forward and read after: the wait ends while the forward still runs, so
+    the device never idles.
+    """
+    if scored.device.type != "cuda":
+        return lambda: None
+    if torch.cuda.is_current_stream_capturing():  # replays have other counts: bound them all
+        return scored.numel
+    count = torch.empty((), dtype=torch.int64, pin_memory=True)
+    count.copy_(scored.sum(), non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(scored.device))
+
+    def read() -> int | None:
+        if torch.compiler.is_compiling():  # a number would be a constant of the graph
+            return None
+        copied.synchronize()
+        return int(count)
+
+    return read
+
+
 def _causal_lm(model: Any) -> Any:
     """The transformers causal language model inside any wrapper: DDP, FSDP, torch.compile, peft."""
     for module in model.modules():
@@ -171,6 +195,7 @@ class DiffusionObjective:
             normalizer: a name, or the denominator itself (its sum over ranks and micro-batches); None: the config's.
         """
         batch = self._noise(x0, maskable, attention_mask, seed, sample_index, t)
+        n_scored = _count_for_host(batch.scored)
         length = x0.shape[1]
         inputs = {
             "input_ids": batch.xt,
@@ -195,6 +220,7 @@ class DiffusionObjective:
                 shift=self.config.shift,
                 normalizer=self.config.normalizer if normalizer is None else normalizer,
                 softcap=softcap,
+                max_scored=n_scored(),
             )
 
         loss, stats = _forward_to_loss(model, inputs, score)

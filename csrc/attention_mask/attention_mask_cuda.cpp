@@ -47,8 +47,8 @@ Tensor id_mask_cuda(const Tensor& query_ids, const Tensor& key_ids, bool exact) 
   const int64_t M = query_ids.size(0), Lq = query_ids.size(1), Lk = key_ids.size(1);
   Tensor words = empty_words(query_ids, M, Lq, Lk);
   if (words.numel() == 0) return words;
-  const IdMaskParams p{query_c.const_data_ptr<int64_t>(), key_c.const_data_ptr<int64_t>(), words_out(words), M, Lq, Lk,
-                       exact};
+  const IdMaskParams p{
+      query_c.const_data_ptr<int64_t>(), key_c.const_data_ptr<int64_t>(), words_out(words), M, Lq, Lk, exact};
   check_launch("id_mask_kernel", launch_id_mask(p, current_stream(query_ids)));
   return words;
 }

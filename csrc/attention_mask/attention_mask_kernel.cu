@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Making, packing and unpacking mask words on CUDA.
-//   annealed_mask  : a warp takes 32 (or 4 x 32) consecutive words of a row, a block 8 rows. Words below the diagonal are
-//                    stored as ones; the others draw their planes from the highest down, four a Philox call, until no bit
-//                    of the warp's 32 words is open: 3.2 calls on average where the threshold has 8 groups of planes (a
-//                    bit stays open with probability 1/2 a plane), none below its lowest set bit. Traffic: 4 B a word
-//                    written, 128 B a warp and store. Bound: integer issue, 18 multiplies and 28 logical ops a call
+//   annealed_mask  : a warp takes 32 (or 4 x 32) consecutive words of a row, a block 8 rows. Words below the diagonal
+//   are
+//                    stored as ones; the others draw their planes from the highest down, four a Philox call, until no
+//                    bit of the warp's 32 words is open: 3.2 calls on average where the threshold has 8 groups of
+//                    planes (a bit stays open with probability 1/2 a plane), none below its lowest set bit. Traffic: 4
+//                    B a word written, 128 B a warp and store. Bound: integer issue, 18 multiplies and 28 logical ops a
+//                    call
 //   pack, unpack   : flat where rows are whole words and tensors aligned: 16 bools a thread and access (16 B), 4 in
 //                    flight; otherwise a warp takes 32 words of a row, one bool a lane, by votes. Bound: memory
-//   id_mask        : a block keeps 1024 keys in shared memory for 64 rows; a vote is a word. Bound: issue, about 5 a word
+//   id_mask        : a block keeps 1024 keys in shared memory for 64 rows; a vote is a word. Bound: issue, about 5 a
+//   word
 //                    and warp
 //   int64          : every offset
 // Not yet measured on GPU.
@@ -30,8 +33,8 @@ __device__ __forceinline__ int64_t row_of_warp() { return int64_t{blockIdx.x} * 
 
 // --- bools and words
 
-// Bit k of the result is bool k of the four in a word, and the reverse. 0x204081 puts the four bits at 21 to 24, with no
-// carry into them; the other way it puts bit k at 8 k.
+// Bit k of the result is bool k of the four in a word, and the reverse. 0x204081 puts the four bits at 21 to 24, with
+// no carry into them; the other way it puts bit k at 8 k.
 __device__ __forceinline__ uint32_t pack4(uint32_t bools) { return bools * 0x00204081u >> 21 & 0xfu; }
 __device__ __forceinline__ uint32_t unpack4(uint32_t bits) { return (bits & 0xfu) * 0x00204081u & 0x01010101u; }
 

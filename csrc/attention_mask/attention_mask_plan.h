@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launch plans of the mask kernels; M masks of Lq queries and Lk keys. A grid's x counts rows of the mask or of tiles, its
-// y their words or columns of tiles (at most kMaxGridY: kernels loop).
+// Launch plans of the mask kernels; M masks of Lq queries and Lk keys. A grid's x counts rows of the mask or of tiles,
+// its y their words or columns of tiles (at most kMaxGridY: kernels loop).
 #pragma once
 
 #include <algorithm>
@@ -71,8 +71,8 @@ inline MaskGrid annealed_mask_grid(int64_t length) {
 }
 
 inline KernelPlan plan_annealed_mask(int64_t length) {
-  KernelPlan plan = mask_plan("annealed_mask_kernel", annealed_mask_grid(length), kMaskThreads,
-                              mask_word_bytes(1, length, length));
+  KernelPlan plan =
+      mask_plan("annealed_mask_kernel", annealed_mask_grid(length), kMaskThreads, mask_word_bytes(1, length, length));
   plan.shared_bytes = 32 * 4;
   return plan;
 }

@@ -106,8 +106,8 @@ Tensor mask_tile_classes_cpu(const Tensor& words, int64_t k_length, int64_t tile
       const int64_t m = i / (row_tiles * column_tiles);
       const int64_t row = i / column_tiles % row_tiles * tile_rows, column = i % column_tiles * tile_cols;
       const Mask mask{in + m * Lq * W, Lq, k_length, W};
-      out[i] = static_cast<uint8_t>(class_of(mask, row, std::min(row + tile_rows, Lq), column,
-                                             std::min(column + tile_cols, k_length)));
+      out[i] = static_cast<uint8_t>(
+          class_of(mask, row, std::min(row + tile_rows, Lq), column, std::min(column + tile_cols, k_length)));
     }
   });
   return classes;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a kernel is launched for a shape, and what it cannot avoid: one function makes it, the launcher and `kernel_plan` in
-// Python both read it. Host code without torch or CUDA.
+// How a kernel is launched for a shape, and what it cannot avoid: one function makes it, the launcher and `kernel_plan`
+// in Python both read it. Host code without torch or CUDA.
 #pragma once
 
 #include <cstdint>

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The cut of top-k and top-p in token_stats: radix selection over ranks (value, then index).
 //
-// A pass adds the weights (1, or the mass) of the entries ranked in a window to 128 bins of shared memory, and finds the
-// bin where the kept prefix ends: the next window. When at most 32 entries are left, one warp orders them. What keeps a
-// pass off most of the row is where the first window lies: a sample of the row (one chunk a lane) tells about where the
-// cut is, the pass over the whole row sums what is above that pivot exactly, and the window reaches from the pivot to a
-// little past where the cut should be. A window that misses the cut is followed by all that is left on that side. So the
-// sample decides how long it takes and nothing else. Entries seen in a window are remembered for the later passes.
-// All sums are of integers: neither the order of atomics nor the number of blocks shows in the cut.
+// A pass adds the weights (1, or the mass) of the entries ranked in a window to 128 bins of shared memory, and finds
+// the bin where the kept prefix ends: the next window. When at most 32 entries are left, one warp orders them. What
+// keeps a pass off most of the row is where the first window lies: a sample of the row (one chunk a lane) tells about
+// where the cut is, the pass over the whole row sums what is above that pivot exactly, and the window reaches from the
+// pivot to a little past where the cut should be. A window that misses the cut is followed by all that is left on that
+// side. So the sample decides how long it takes and nothing else. Entries seen in a window are remembered for the later
+// passes. All sums are of integers: neither the order of atomics nor the number of blocks shows in the cut.
 #pragma once
 
 #include "../common/cuda_block.cuh"
@@ -175,10 +175,12 @@ __device__ __forceinline__ float value_at(const Estimate& estimate, const Scales
 }
 
 // Room in the lists, with some to spare.
-__device__ __forceinline__ float listable(const Team& team) { return 0.5f * kListed * static_cast<float>(team.n_warps()); }
+__device__ __forceinline__ float listable(const Team& team) {
+  return 0.5f * kListed * static_cast<float>(team.n_warps());
+}
 
-// The logit above which the pass over the row sums masses: about where top-p cuts, or lower where fewer entries than fit
-// the lists are above that. By one warp.
+// The logit above which the pass over the row sums masses: about where top-p cuts, or lower where fewer entries than
+// fit the lists are above that. By one warp.
 template <class T, bool kResident>
 __device__ void choose_pivot(const Context<T, kResident>& c, const Scales& scales, CutShared& s) {
   const Estimate& e = s.estimate;
@@ -212,6 +214,16 @@ __device__ void open_by_count(const Context<T, kResident>& c, const Scales& scal
   s.pivot = INFINITY;
   s.search.total = 0;
   open_window(s.search, lo < scales.top ? lo : -INFINITY, scales.top, 0, false);
+}
+
+// All that a cut found before keeps.
+__device__ __forceinline__ void open_up_to_cut(Search& search, float top) {
+  const uint64_t last = search.cut;
+  const bool listed = search.covered;
+  open_window(search, value_of_bits(static_cast<uint32_t>(last >> kIndexBits)), top, 0, false);
+  search.last = last;
+  search.total = 0;
+  search.fresh = !listed;
 }
 
 // From the pivot to a little past where the sample says that the rest of p * total lies.
@@ -359,7 +371,8 @@ __device__ void count_window(const Context<T, kResident>& c, const Scales& scale
 
 __device__ __forceinline__ uint64_t warp_largest(uint64_t v) {
   const unsigned high = __reduce_max_sync(kAllLanes, static_cast<unsigned>(v >> 32));
-  const unsigned low = __reduce_max_sync(kAllLanes, static_cast<unsigned>(v >> 32) == high ? static_cast<unsigned>(v) : 0u);
+  const unsigned low =
+      __reduce_max_sync(kAllLanes, static_cast<unsigned>(v >> 32) == high ? static_cast<unsigned>(v) : 0u);
   return uint64_t{high} << 32 | low;
 }
 
@@ -381,8 +394,8 @@ __device__ uint64_t order_finalists(const Context<T, kResident>& c, const CutRul
 }
 
 // The bin that holds the last entry kept, and the weight before it.
-__device__ __forceinline__ int crossing_bin(const CutRule& rule, const uint64_t (&weights)[kBinsPerLane], uint64_t& before,
-                                            uint64_t total) {
+__device__ __forceinline__ int crossing_bin(const CutRule& rule, const uint64_t (&weights)[kBinsPerLane],
+                                            uint64_t& before, uint64_t total) {
   const int lane = threadIdx.x % kWarp;
   uint64_t lane_total = 0;
   for (const uint64_t w : weights) lane_total += w;
@@ -412,7 +425,7 @@ __device__ void narrow(const Context<T, kResident>& c, const CutRule& rule, floa
     n += other.n;
 #pragma unroll
     for (int i = 0; i < kBinsPerLane; ++i) {
-      const unsigned(&bin)[2] = other.bins[kBinsPerLane * c.team.lane + i];
+      const unsigned (&bin)[2] = other.bins[kBinsPerLane * c.team.lane + i];
       weights[i] += uint64_t{bin[1]} << 32 | bin[0];
     }
   }

@@ -5,9 +5,11 @@
 //   passes  : largest logit | sums of exp, entropy and masses, the masses in tiles of 1024 entries | the draw: block,
 //             warp, tile, lane, chunk, entry. Truncated draws find their cut in between (token_stats_cut.cuh)
 //   traffic : N * V logits read once; 48 B a row besides
-//   bound   : HBM for greedy and temperature 1; 2 ex2 a logit (90 % of HBM at 16 bits) at other temperatures; instruction
+//   bound   : HBM for greedy and temperature 1; 2 ex2 a logit (90 % of HBM at 16 bits) at other temperatures;
+//   instruction
 //             issue for top-p. Arithmetic in docs/kernels/unmasking.md; not yet measured on GPU
-//   order   : every sum is of integers, or in a fixed order over 8 entries that start at a multiple of 8: a row's results
+//   order   : every sum is of integers, or in a fixed order over 8 entries that start at a multiple of 8: a row's
+//   results
 //             depend neither on its neighbours nor on how many blocks share it
 //   int64   : row offsets; N * V may pass 2^31
 #include "token_stats_kernel.h"
@@ -23,7 +25,7 @@ namespace {
 using namespace token_stats;  // NOLINT: this file's own parts
 
 constexpr int kThreads = kTokenStatsWarps * kWarp;
-constexpr int kBlocksPerSm = 4;
+constexpr int kBlocksPerSm = 4, kTruncatedBlocksPerSm = 3;  // that the registers leave room for
 
 static_assert(sizeof(CutShared) + sizeof(RowShared) <= kTokenStatsStaticBytes, "the plan counts on less");
 
@@ -38,9 +40,7 @@ __device__ void fetch_row_inputs(const Row& c) {
   if (threadIdx.x == 1) {
     const int64_t current = c.p.current == nullptr ? -1 : c.p.current[c.n];
     const bool given = current >= 0 && current < c.p.V;
-    c.shared.current = !given                   ? NAN
-                       : current == c.p.forbid ? -INFINITY
-                                               : static_cast<float>(c.slice.row.x[current]);
+    c.shared.current = !given ? NAN : current == c.p.forbid ? -INFINITY : static_cast<float>(c.slice.row.x[current]);
   }
 }
 
@@ -52,8 +52,8 @@ __device__ uint32_t lane_largest(const Context<T, kResident>& c) {
   return largest.bits();
 }
 
-// Where the row's largest logit is in the warp's segment, and the largest after it. Lanes that hold it are few: all lanes
-// go through the chunks of one after another.
+// Where the row's largest logit is in the warp's segment, and the largest after it. Lanes that hold it are few: all
+// lanes go through the chunks of one after another.
 template <class T, bool kResident>
 __device__ void find_top(const Context<T, kResident>& c, uint32_t lane_bits, uint32_t top_bits, WarpRecord& record) {
   const float top = value_of_bits(top_bits);
@@ -316,7 +316,8 @@ __device__ Context<T, kResident> context_of(const TokenStatsParams& p, RowShared
   return {p, team, n, slice, {first + team.lane, end}, shared, tile_sums};
 }
 
-// Finds the cut between the two passes over the row; returns it with tile_sums and WarpRecord::kept of the kept entries.
+// Finds the cut between the two passes over the row; returns it with tile_sums and WarpRecord::kept of the kept
+// entries.
 template <class T, bool kResident>
 __device__ uint64_t truncate(const Context<T, kResident>& c, const Scales& scales, CutShared& s) {
   const TokenStatsParams& p = c.p;
@@ -346,20 +347,12 @@ __device__ uint64_t truncate(const Context<T, kResident>& c, const Scales& scale
   EntryList list{reinterpret_cast<uint16_t*>(memory + p.layout.lists) + c.team.warp * kListed,
                  reinterpret_cast<int*>(memory + p.layout.list_ends) + c.team.warp * p.layout.tiles, 0};
   int pass = 0;
-  find_cut(c, {by_count, static_cast<uint64_t>(p.top_k), p.top_p}, scales, s, list, pass);
-  if (by_count && p.top_p < 1.0) {  // top-p of what top-k left
+  for (bool counting = by_count;; counting = false) {
+    find_cut(c, {counting, static_cast<uint64_t>(p.top_k), p.top_p}, scales, s, list, pass);
+    if (!counting || p.top_p >= 1.0) break;
     __syncthreads();
-    if (threadIdx.x == 0) {
-      Search& search = s.search;
-      const uint64_t last = search.cut;
-      const bool listed = search.covered;
-      open_window(search, value_of_bits(static_cast<uint32_t>(last >> kIndexBits)), scales.top, 0, false);
-      search.last = last;
-      search.total = 0;
-      search.fresh = !listed;
-    }
+    if (threadIdx.x == 0) open_up_to_cut(s.search, scales.top);  // top-p of what top-k left
     __syncthreads();
-    find_cut(c, {false, 0, p.top_p}, scales, s, list, pass);
   }
   const uint64_t cut = s.search.cut;
   const uint64_t kept = keep_up_to(c, scales, s.pivot, s.search.covered, cut, list);
@@ -424,7 +417,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) token_stats_whole_kern
 }
 
 template <class T, bool kResident>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) token_stats_truncated_kernel(TokenStatsParams p) {
+__global__ void __launch_bounds__(kThreads, kTruncatedBlocksPerSm) token_stats_truncated_kernel(TokenStatsParams p) {
   row_stats<Draw::kTruncated, T, kResident>(p);
 }
 

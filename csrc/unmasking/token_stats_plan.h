@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launch plan of token_stats: how many blocks share a row, and how a block divides its slice of it and its shared memory.
+// Launch plan of token_stats: how many blocks share a row, and how a block divides its slice of it and its shared
+// memory.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@ constexpr int kChunk = 8;         // entries that a lane takes at once, from a m
 constexpr int kTileChunks = 128;  // a tile is the unit of the inverse CDF: 4 steps of a warp
 constexpr int kTokenStatsWarps = 8;
 constexpr int kTokenStatsMaxCluster = 8;
-constexpr int kListed = 256;  // entries near the cut that a warp remembers
+constexpr int kListed = 256;                         // entries near the cut that a warp remembers
 constexpr int64_t kTokenStatsStaticBytes = 6 << 10;  // bound of the kernels' static shared memory
 
 // Offsets in bytes from the start of the dynamic shared memory.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block's slice of one row of logits for token_stats: from global into shared memory once, or read again by every pass.
-// Chunks start at multiples of 8 entries of the row, wherever its first byte lies: sums over a chunk round alike for any
-// alignment and any number of blocks.
+// A block's slice of one row of logits for token_stats: from global into shared memory once, or read again by every
+// pass. Chunks start at multiples of 8 entries of the row, wherever its first byte lies: sums over a chunk round alike
+// for any alignment and any number of blocks.
 #pragma once
 
 #include <cuda_bf16.h>

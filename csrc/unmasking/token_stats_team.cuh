@@ -66,7 +66,7 @@ struct Team {
     for (int slot = lane; slot < n_slots(); slot += kWarp) v = is_used(slot) ? max(v, of_slot(mine, slot)) : v;
     return __reduce_max_sync(kAllLanes, v);
   }
-  __device__ __forceinline__ uint64_t total(WarpRecord* mine, uint64_t WarpRecord::*field) const {
+  __device__ __forceinline__ uint64_t total(WarpRecord* mine, uint64_t WarpRecord::* field) const {
     uint64_t v = 0;
 #pragma unroll 1
     for (int slot = lane; slot < n_slots(); slot += kWarp) v += is_used(slot) ? of_slot(mine, slot).*field : 0;

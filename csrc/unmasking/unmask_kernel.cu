@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // unmask on CUDA: one launch, one block of 512 threads a sequence, 4 positions a thread at a time.
-//   first pass : reads everything once, copies xt, makes the rank keys (kept in shared memory up to 8192 positions), their
+//   first pass : reads everything once, copies xt, makes the rank keys (kept in shared memory up to 8192 positions),
+//   their
 //                smallest, largest and number
 //   cut        : threshold and random need no more. quota and factor look for the first key that is not committed: the
-//                range of keys is cut into 512 bins (counts by integer atomics, ranks by a scan over bins), the first bin
-//                that may hold it becomes the range, until at most 64 keys are left to be ranked against each other.
-//                Distinct confidences take one or two rounds, ties no more: the position is part of the key
+//                range of keys is cut into 512 bins (counts by integer atomics, ranks by a scan over bins), the first
+//                bin that may hold it becomes the range, until at most 64 keys are left to be ranked against each
+//                other. Distinct confidences take one or two rounds, ties no more: the position is part of the key
 //   last pass  : commits the keys up to the cut
-//   traffic    : 30 B a position (xt, masked, token, confidence in; xt, committed out). Beyond 8192 positions every pass
+//   traffic    : 30 B a position (xt, masked, token, confidence in; xt, committed out). Beyond 8192 positions every
+//   pass
 //                reads 13 B again, from L2
 //   bound      : latency of about a dozen barriers below some 100 sequences, memory above
 //   int64      : offsets of sequences; positions and counts inside one are int
@@ -226,8 +228,7 @@ __device__ bool narrow(const Sequence& s, uint64_t* keys, const Stop& stop, Rang
   const int count = shared.count[threadIdx.x];
   int total;
   const int rank = range.rank + block_exclusive_scan<kThreads>(count, shared.scan, total);
-  const uint32_t candidates =
-      __ballot_sync(kAllLanes, stop.may_be_in(shared.largest[threadIdx.x], rank, count));
+  const uint32_t candidates = __ballot_sync(kAllLanes, stop.may_be_in(shared.largest[threadIdx.x], rank, count));
   if (threadIdx.x % kWarp == 0 && candidates != 0) {
     atomicMin(&shared.bin, static_cast<int>(threadIdx.x) + __ffs(static_cast<int>(candidates)) - 1);
   }
@@ -351,8 +352,8 @@ __global__ void __launch_bounds__(kThreads) unmask_kernel(UnmaskParams p) {
 
   const uint64_t cut = cut_of<kVector, kResident>(s, keys, extent, shared);
   int n = 0;
-  for_each_group<kVector, kResident>(
-      s, keys, [&](int first, const Keys& group) { n += commit<kVector>(s, first, group, cut); });
+  for_each_group<kVector, kResident>(s, keys,
+                                     [&](int first, const Keys& group) { n += commit<kVector>(s, first, group, cut); });
   n = __reduce_add_sync(kAllLanes, n);
   if (threadIdx.x % kWarp == 0) atomicAdd(&shared.n_committed, n);
   __syncthreads();

@@ -46,9 +46,6 @@ class _Commands(TyperGroup):
             code = self._fail(one_line(error), BAD_INPUT)
         except (KeyboardInterrupt, typer.Abort):
             code = self._fail("interrupted", INTERRUPTED)
-        except BrokenPipeError:  # of `diffullama ... | head`
-            sys.stderr.close()
-            code = FAILED
         except Exception as error:
             code = self._fail(f"{type(error).__name__}: {one_line(error)}", FAILED)
         sys.exit(code if isinstance(code, int) else OK)

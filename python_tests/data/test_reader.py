@@ -56,12 +56,13 @@ def test_reads_parquet_and_saved_datasets(tmp_path):
 
 
 def test_reads_a_folder_in_order_and_leaves_out_what_it_does_not_know(tmp_path):
-    write(tmp_path, "b.txt", "two")
-    write(tmp_path, "a.jsonl", '{"text": "one"}\n')
-    write(tmp_path, "deep/c.py", "three")
+    for letter in "hbkdgajfcei":
+        write(tmp_path, f"{letter}.txt", letter)
+    write(tmp_path, "l.jsonl", '{"text": "l"}\n')
+    write(tmp_path, "deep/m.py", "m")
     write(tmp_path, "empty.txt", "")
     write(tmp_path, "picture.png", b"\x89PNG")
-    assert list(read_texts(str(tmp_path))) == ["one", "two", "three"]
+    assert "".join(read_texts(str(tmp_path))) == "abcdmefghijkl"
 
 
 @pytest.mark.parametrize(
