@@ -111,7 +111,7 @@ __device__ void count_sample(const Context<T, kResident>& c, const Scales& scale
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     if (!(x[i] >= -FLT_MAX)) continue;
-    const float position = fmaxf((x[i] - scales.top) * scales.draw, lowest) * per_bin;
+    const float position = fmaxf(scales.draw_log2(x[i]), lowest) * per_bin;
     atomicAdd(&estimate.counts[min(kBins - 1, static_cast<int>(position))], 1u);
   }
 }
@@ -171,7 +171,7 @@ __device__ __forceinline__ float sum_at(const float* sums, float position) {
 template <class T>
 __device__ __forceinline__ float value_at(const Estimate& estimate, const Scales& scales, float position) {
   if (position >= kBins) return -INFINITY;
-  return static_cast<float>(static_cast<T>(scales.top + position * estimate.width / scales.draw));
+  return static_cast<float>(static_cast<T>(scales.top - position * estimate.width / scales.draw));
 }
 
 // Room in the lists, with some to spare.

@@ -102,40 +102,40 @@ __device__ __forceinline__ float chunk_sum(F&& f) {
 }
 
 // (top - x) exp(x - top) over a chunk; an entry of -inf adds 0.
-__device__ __forceinline__ float chunk_entropy(const float (&below)[kChunk], const float (&weight)[kChunk]) {
-  const auto sum = [&](auto&& term) {
-    float even = term(0) * weight[0], odd = term(1) * weight[1];
+__device__ __forceinline__ float chunk_entropy(const float (&gap)[kChunk], const float (&weight)[kChunk]) {
+  const auto sum = [&](auto&& factor) {
+    float even = factor(0) * weight[0], odd = factor(1) * weight[1];
 #pragma unroll
     for (int i = 2; i < kChunk; i += 2) {
-      even = fmaf(term(i), weight[i], even);
-      odd = fmaf(term(i + 1), weight[i + 1], odd);
+      even = fmaf(factor(i), weight[i], even);
+      odd = fmaf(factor(i + 1), weight[i + 1], odd);
     }
     return even + odd;
   };
-  const float entropy = sum([&](int i) { return -below[i]; });
+  const float entropy = sum([&](int i) { return gap[i]; });
   if (entropy == entropy) return entropy;
-  return sum([&](int i) { return weight[i] > 0 ? -below[i] : 0.0f; });  // rarely
+  return sum([&](int i) { return weight[i] > 0 ? gap[i] : 0.0f; });  // inf * 0, seldom
 }
 
 // Truncated draws keep what is above the pivot for now.
 template <Draw kDraw, class T>
 __device__ __forceinline__ void add_chunk(const Chunk<T>& chunk, const Scales& scales, float pivot, bool draws,
                                           SegmentSums& sums) {
-  float x[kChunk], below[kChunk], weight[kChunk];
+  float x[kChunk], gap[kChunk], weight[kChunk];
   unpack(chunk, x);
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
-    below[i] = x[i] - scales.top;
-    weight[i] = exp2_approx(below[i] * scales.stats);
+    gap[i] = scales.top - x[i];
+    weight[i] = exp2_approx(gap[i] * scales.stats);
   }
   float total = chunk_sum([&](int i) { return weight[i]; });
   sums.weight.add(total);
-  sums.entropy.add(chunk_entropy(below, weight));
+  sums.entropy.add(chunk_entropy(gap, weight));
   if constexpr (kDraw == Draw::kGreedy) return;
   if (!draws) return;
   if (scales.tempered()) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) weight[i] = exp2_approx(below[i] * scales.draw);
+    for (int i = 0; i < kChunk; ++i) weight[i] = exp2_approx(gap[i] * scales.draw);
     if constexpr (kDraw == Draw::kTruncated) total = chunk_sum([&](int i) { return weight[i]; });
   }
   if constexpr (kDraw == Draw::kTruncated) sums.drawn.add(total);
@@ -323,7 +323,7 @@ __device__ uint64_t truncate(const Context<T, kResident>& c, const Scales& scale
   const TokenStatsParams& p = c.p;
   const bool by_count = p.top_k > 0 && p.top_k < p.V;
   const uint32_t low_bits = c.team.largest(c.shared.low);
-  float lowest = low_bits == 0 ? 0.0f : fmaxf((value_of_bits(low_bits) - scales.top) * scales.draw, kLowest);
+  float lowest = low_bits == 0 ? 0.0f : fmaxf(scales.draw_log2(value_of_bits(low_bits)), kLowest);
   lowest = lowest > -1e-20f ? 0.0f : lowest;
   count_sample(c, scales, lowest, s.estimate);
   c.team.sync();

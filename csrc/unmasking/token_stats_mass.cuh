@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights of logits as integers of 2^-44 of the largest, and their exact sums for token_stats.
 //
-// A weight is ex2((x - top) * scale) in float; its mass is floor(weight * 2^44). Masses are added as doubles that start
+// A weight is ex2((top - x) * scale) in float; its mass is floor(weight * 2^44). Masses are added as doubles that start
 // at 256, where a double's last bit is worth 2^-44: adding with rounding down adds exactly the floor, so a sum does not
 // depend on its order. A weight becomes a double by one integer multiply-add, so an entry costs two instructions.
 #pragma once
@@ -16,7 +16,7 @@ namespace diffullama::token_stats {
 constexpr double kMassStart = 256.0;  // 2^(52 - kMassBits): sums stay exact up to 256 entries of full mass
 static_assert(kMassBits == 44, "the last bit of a double in [256, 512) is 2^-44");
 
-// A non-negative float as a double: exact but for 0 and denormals, which become less than 2^-126.
+// A float from 0 (not -0) up as a double: exact but for 0 and denormals, which become less than 2^-126.
 __device__ __forceinline__ double widened(float v) {
   constexpr uint64_t kExponents = uint64_t{1023 - 127} << 52;
   return __longlong_as_double(static_cast<int64_t>(uint64_t{__float_as_uint(v)} * (uint64_t{1} << 29) + kExponents));
@@ -40,20 +40,21 @@ __device__ __forceinline__ uint64_t mass_of(float weight) {
   return sum.mass();
 }
 
-// exp((x - top) / T) = ex2((x - top) * scale).
+// exp((x - top) / T) = ex2((top - x) * scale) with a negative scale: top - x is never -0, which add() would take wrong.
 struct Scales {
   float top;
-  float stats, draw;  // log2(e), and log2(e) / T
+  float stats, draw;  // -log2(e), and -log2(e) / T
 
   __device__ __forceinline__ bool tempered() const { return stats != draw; }
-  __device__ __forceinline__ float draw_weight(float x) const { return exp2_approx((x - top) * draw); }
+  __device__ __forceinline__ float draw_log2(float x) const { return (top - x) * draw; }
+  __device__ __forceinline__ float draw_weight(float x) const { return exp2_approx(draw_log2(x)); }
 };
 
-// T is bounded so that neither 0 * draw nor -inf * draw is NaN.
+// T is bounded so that neither 0 * draw nor inf * draw is NaN.
 __device__ __forceinline__ Scales scales_of(float top, float temperature) {
   constexpr float kLog2E = 1.44269504088896341f;
   const float bounded = fminf(fmaxf(temperature, 1e-37f), 1e37f);
-  return {top, kLog2E, temperature == 1.0f ? kLog2E : kLog2E / bounded};
+  return {top, -kLog2E, temperature == 1.0f ? -kLog2E : -kLog2E / bounded};
 }
 
 // --- sums and scans over a warp, modulo 2^64

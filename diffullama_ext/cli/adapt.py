@@ -44,7 +44,7 @@ def adapt(
     shift: Annotated[bool, typer.Option(help="Row i of the logits predicts token i+1, as before.")] = True,
     mask_token: Annotated[str | None, typer.Option(help="Its text; by default the tokenizer's, or a new one.")] = None,
     heldout: Annotated[float, typer.Option(help="Share of the blocks that is held out and scored on.")] = 0.05,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast; the weights stay float32.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of order and noise.")] = 0,
 ) -> None:

@@ -19,13 +19,15 @@ def model_path(name: str) -> str:
 
 
 def load_autoregressive(name: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a model to adapt; ValueError where its attention sees later tokens.
+    """(model in float32, tokenizer) of a model to adapt; ValueError where its attention sees later tokens.
 
     transformers loads BERT and its like as causal language models too, as they are.
     """
+    import torch
+
     from ..integrations import load_causal_lm
 
-    model, tokenizer = load_causal_lm(model_path(name))
+    model, tokenizer = load_causal_lm(model_path(name), dtype=torch.float32)  # bfloat16 weights lose small steps
     causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     if causal and not any(causal):
         raise ValueError(f"{name!r} is not a causal language model: its attention sees later tokens")

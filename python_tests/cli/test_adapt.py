@@ -49,6 +49,14 @@ def test_options_reach_the_model(run, models, text_file, tmp_path):
     assert AutoTokenizer.from_pretrained(out).mask_token == "<hole>"
 
 
+def test_weights_are_trained_in_float32(run, models, text_file, tmp_path):
+    AutoModelForCausalLM.from_pretrained(models / "gpt2").bfloat16().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(models / "gpt2").save_pretrained(tmp_path / "half")
+    result = run("adapt", "--model", tmp_path / "half", "--data", text_file, "--out", tmp_path / "out", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.float32
+
+
 def test_a_seed_repeats_the_adaptation(run, models, text_file, tmp_path):
     weights = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

@@ -48,7 +48,15 @@ def test_noising_and_linear_loss(dtype: torch.dtype) -> None:
         loss, stats = linear_shifted_cross_entropy(
             hidden, weight, x0, masked, loss_weight=1 / p_mask, chunk_rows=50, max_scored=B * L
         )
-        return (xt, masked, positions, counts, stats.n_scored, loss.detach(), *torch.autograd.grad(loss, (base, weight)))
+        return (
+            xt,
+            masked,
+            positions,
+            counts,
+            stats.n_scored,
+            loss.detach(),
+            *torch.autograd.grad(loss, (base, weight)),
+        )
 
     graph, outputs = captured(step)
     drawn = set()

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +165,23 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 
     with pytest.raises(KeyError):
         write_half()
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "old"]
+
+
+def test_a_failure_to_move_puts_back_what_was_there(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "old").touch()
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name == "new":
+            raise PermissionError
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError), written_at_once(out):
+        pass
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "old"]
 
 
