@@ -13,6 +13,8 @@ OPS = {
     "unpack_mask",
     "id_mask",
     "annealed_mask",
+    "fragment_mask",
+    "mask_tile_classes",
     "attention",
     "attention_backward",
     "shifted_cross_entropy",
