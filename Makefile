@@ -15,7 +15,7 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o 
 # Two test processes of one thread each suit two cores better than one process of two threads.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help build demo test simulated test-simulated test-sanitized test-races lint format bench cuda-compile wheel clean
+.PHONY: help build demo test simulated test-simulated test-sanitized test-races lint format bench cuda-compile gpu-check wheel clean
 
 help:
 	@echo "make demo          train, adapt and sample a small model on Python's own text; under 5 minutes on 2 cores"
@@ -24,6 +24,7 @@ help:
 	@echo "make lint          ruff, mypy, clang-format     make format   apply them"
 	@echo "make bench         every op beside eager PyTorch on this machine"
 	@echo "make cuda-compile  the CUDA library, warnings as errors (needs nvcc, no GPU)"
+	@echo "make gpu-check OUT=DIR   on a GPU: tests, sanitizers, benchmarks; STAGE=bench for one (docs/gpu.md)"
 	@echo "make wheel         dist/*.whl"
 
 $(TORCH_STAMP): constraints.txt
@@ -100,6 +101,11 @@ bench: build
 cuda-compile: $(VENV)/tools.stamp
 	DIFFULLAMA_WITH_CUDA=1 DIFFULLAMA_WERROR=1 $(INSTALL)
 	touch $(VENV)/build.stamp
+
+# Under the python3 that has torch with CUDA, and with the libraries that are there: nothing is installed.
+gpu-check: OUT = runs/gpu-check
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(OUT) $(if $(STAGE),--stage $(STAGE))
 
 wheel: $(VENV)/tools.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .

@@ -65,7 +65,8 @@ def _run_stage(out: Path, stage: str, device: str) -> Facts:
     try:
         facts = STAGES[stage](Context(out, device, began + STAGE_SECONDS))
     except Exception as error:
-        (out / f"{stage}.log").open("a").write(traceback.format_exc())
+        with (out / f"{stage}.log").open("a") as log:
+            log.write(traceback.format_exc())
         facts = {"problems": [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]}
     return facts | {"seconds": round(time.monotonic() - began, 1), "device": device, "time": time.strftime("%F %T")}
 
@@ -94,16 +95,16 @@ def summary(stages: dict[str, Any]) -> str:
 
 
 def _detail(stage: str, facts: Facts) -> str:
-    if stage == "machine":
-        names = [gpu.get("name", "") for gpu in facts.get("nvidia-smi", [])]
-        drivers = [gpu.get("driver_version", "") for gpu in facts.get("nvidia-smi", [])]
-        return f": {', '.join(names) or 'no GPU'}, driver {', '.join(drivers) or 'none'}, torch {facts.get('torch')}"
-    if stage == "build":
-        return f": built {', '.join(facts.get('missing', [])) or 'nothing, all was there'}"
-    if stage == "tests":
-        return f": {facts.get('passed', 0)} passed, {facts.get('skipped', 0)} skipped, {len(facts['failed'])} failed"
-    if stage == "sanitize":
-        return "".join(f"; {tool} {f['ours']} ours, {f['others']} others" for tool, f in facts.get("tools", {}).items())
+    """The stage's facts in a few words; none where it broke off."""
+    if stage == "machine" and "torch" in facts:
+        gpus = [f"{gpu['name']}, driver {gpu['driver_version']}" for gpu in facts["nvidia-smi"]]
+        return f": {'; '.join(gpus) or 'no GPU'}; torch {facts['torch']}"
+    if stage == "build" and "missing" in facts:
+        return f": built {', '.join(facts['missing']) or 'nothing, all was there'}"
+    if stage == "tests" and "passed" in facts:
+        return f": {facts['passed']} passed, {facts['skipped']} skipped, {len(facts['failed'])} failed"
+    if stage == "sanitize" and "tools" in facts:
+        return ": " + "; ".join(f"{t} {f['ours']} ours, {f['others']} others" for t, f in facts["tools"].items())
     return ""
 
 

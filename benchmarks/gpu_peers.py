@@ -15,12 +15,19 @@ from torch.nn import functional as F
 
 from diffullama_ext.benchmarking import gradients
 
-Peer = Callable[[Any], Any]
+Peer = Callable[..., Any]
 
 
 def compiled(function: Peer) -> Peer:
-    """torch.compile for the shape at hand."""
-    return torch.compile(function, dynamic=False)
+    """torch.compile for the shape at hand, on the first call: it loads the compiler."""
+    made: list[Peer] = []
+
+    def run(*arguments: Any) -> Any:
+        if not made:
+            made.append(torch.compile(function, dynamic=False))
+        return made[0](*arguments)
+
+    return run
 
 
 # --- noising and masks -----------------------------------------------------------------------------------------------
@@ -103,7 +110,7 @@ def _full_loss(rows: Tensor, head: Tensor, target: Tensor, weight: Tensor) -> Te
     return _weighted_mean(F.cross_entropy(F.linear(rows, head), target, reduction="none"), weight)
 
 
-_compiled_full_loss = torch.compile(_full_loss, dynamic=False)
+_compiled_full_loss = compiled(_full_loss)
 
 
 def all_rows(i: Any) -> tuple[Tensor, ...]:

@@ -41,6 +41,7 @@ class AttentionMask:
         self.k_length = k_length
         self.device = words.device if words is not None else torch.device(device or "cpu")
         self._words = words
+        self._derived: dict[object, Tensor] = {}  # what kernels read instead of the words, made once
 
     # --- constructors ------------------------------------------------------------------------------------------------
 
@@ -158,6 +159,30 @@ class AttentionMask:
     def to_dense(self) -> Tensor:
         """bool [M, q_length, k_length]."""
         return _backend("unpack_mask", self.device).unpack_mask(self.words, self.k_length)
+
+    def fragments(self, transpose: bool = False) -> Tensor:
+        """The bits as Hopper's attention kernels read them, in the order of a thread's accumulators; made once.
+
+        int32 [M, ceil(rows / 64), ceil(columns / 128), 128, 2], rows = queries and columns = keys, or the reverse with
+        ``transpose``. In each 64 x 128 tile, bit i = c + 2r + 4v of the 64 of thread 32w + l is row 16w + l/4 + 8r and
+        column 8v + 2(l % 4) + c. Bits past the last query or key are 0.
+        """
+        if transpose not in self._derived:
+            backend = _backend("fragment_mask", self.device)
+            self._derived[transpose] = backend.fragment_mask(self.words, self.k_length, transpose)
+        return self._derived[transpose]
+
+    def tile_classes(self, rows: int, cols: int) -> Tensor:
+        """What each tile of rows x cols holds: uint8 [M, ceil(q_length / rows), ceil(k_length / cols)]; made once.
+
+        0: nothing is allowed, 1: everything is, 2: some of it. Tiles at the ends count their real entries only.
+        """
+        check_range("rows", rows, 1, 2**31 - 1)
+        check_range("cols", cols, 1, 2**31 - 1)
+        if (rows, cols) not in self._derived:
+            backend = _backend("mask_tile_classes", self.device)
+            self._derived[rows, cols] = backend.mask_tile_classes(self.words, self.k_length, rows, cols)
+        return self._derived[rows, cols]
 
     def to(self, device: torch.device | str) -> AttentionMask:
         """The same mask on another device."""

@@ -15,7 +15,16 @@ from hypothesis import settings
 
 from diffullama_ext import build_info
 
-CUDA_KERNELS = {"linear_shifted_cross_entropy", "mask_tokens", "shifted_cross_entropy", "token_stats"}
+CUDA_KERNELS = {
+    "annealed_mask",
+    "fragment_mask",
+    "id_mask",
+    "linear_shifted_cross_entropy",
+    "mask_tokens",
+    "shifted_cross_entropy",
+    "token_stats",
+    "unmask",
+}
 SIMULATED = "CPU library" in build_info()
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=60)

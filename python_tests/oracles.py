@@ -39,10 +39,13 @@ def threshold(p: Any) -> np.ndarray:
     return np.floor(np.asarray(p, dtype=np.float32).astype(np.float64) * 2.0**32).astype(np.uint64)
 
 
-def annealed_allowed(length: int, ratio: float, seed: int, step: int) -> np.ndarray:
-    """bool [length, length]: k <= q, or u < ratio * 2**32, u made of one bit of each of 32 planes of random words."""
-    q, k = np.arange(length)[:, None], np.arange(length)[None, :]
-    u = np.zeros((length, length), dtype=np.uint64)
+def annealed_allowed(length: int, ratio: float, seed: int, step: int, queries: np.ndarray | None = None) -> np.ndarray:
+    """bool [queries, length]: k <= q, or u < ratio * 2**32, u made of one bit of each of 32 planes of random words.
+
+    All queries where none are given.
+    """
+    q, k = (np.arange(length) if queries is None else queries)[:, None], np.arange(length)[None, :]
+    u = np.zeros((q.size, length), dtype=np.uint64)
     for plane in range(32):
         words = philox(8 * (k // 32) + plane // 4, q, TAG_ATTENTION_MASK, step & MASK32, seed)[..., plane % 4]
         bit = (words >> (k % 32).astype(np.uint64)) & 1

@@ -11,6 +11,7 @@
 //   bound   : memory, or L2 for words just made; the transpose issue, about 400 instructions a warp and 1024 words
 //   int64   : every offset
 // Not yet measured on GPU.
+// ptxas spills 16 B on sm_86 and sm_89 of mask_tile_classes_kernel, for occupancy; none on sm_90.
 #include "../common/launch.h"
 #include "../common/simt.cuh"
 #include "attention_mask_kernel.h"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.ops.diffullama.{pack_mask, unpack_mask, id_mask, annealed_mask}: masks as int32 words [M, Lq, ceil(Lk/32)]."""
+"""torch.ops.diffullama.{pack_mask, unpack_mask, id_mask, annealed_mask, fragment_mask, mask_tile_classes}.
+
+Masks are int32 words [M, Lq, ceil(Lk/32)].
+"""
 
 import torch
 from torch import Tensor
@@ -29,6 +32,18 @@ def _(length: int, attn_mask_ratio: Tensor, seed: Tensor, step: Tensor) -> Tenso
     return _words(attn_mask_ratio, 1, length, length)
 
 
+@torch.library.register_fake("diffullama::fragment_mask")
+def _(words: Tensor, k_length: int, transpose: bool) -> Tensor:
+    rows, columns = (k_length, words.shape[1]) if transpose else (words.shape[1], k_length)
+    return words.new_empty((words.shape[0], (rows + 63) // 64, (columns + 127) // 128, 128, 2))
+
+
+@torch.library.register_fake("diffullama::mask_tile_classes")
+def _(words: Tensor, k_length: int, tile_rows: int, tile_cols: int) -> Tensor:
+    row_tiles, column_tiles = -(-words.shape[1] // tile_rows), -(-k_length // tile_cols)
+    return words.new_empty((words.shape[0], row_tiles, column_tiles), dtype=torch.uint8)
+
+
 def pack_mask(allowed: Tensor) -> Tensor:
     """bool [M, Lq, Lk] -> words."""
     return torch.ops.diffullama.pack_mask.default(allowed)
@@ -47,3 +62,13 @@ def id_mask(query_ids: Tensor, key_ids: Tensor, exact: bool) -> Tensor:
 def annealed_mask(length: int, attn_mask_ratio: Tensor, seed: Tensor, step: Tensor) -> Tensor:
     """Words [1, L, ceil(L/32)] of causal OR Bernoulli(attn_mask_ratio)."""
     return torch.ops.diffullama.annealed_mask.default(length, attn_mask_ratio, seed, step)
+
+
+def fragment_mask(words: Tensor, k_length: int, transpose: bool) -> Tensor:
+    """The mask, or its transpose, in the order of accumulators: int32 [M, ceil(rows/64), ceil(columns/128), 128, 2]."""
+    return torch.ops.diffullama.fragment_mask.default(words, k_length, transpose)
+
+
+def mask_tile_classes(words: Tensor, k_length: int, tile_rows: int, tile_cols: int) -> Tensor:
+    """uint8 [M, ceil(Lq/tile_rows), ceil(Lk/tile_cols)]: 0 nothing allowed, 1 everything, 2 bits."""
+    return torch.ops.diffullama.mask_tile_classes.default(words, k_length, tile_rows, tile_cols)

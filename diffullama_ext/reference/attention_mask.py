@@ -59,3 +59,36 @@ def annealed_mask(length: int, attn_mask_ratio: Tensor, seed: Tensor, step: Tens
     causal = position[None, :] <= position[:, None]
     drawn = unpack_mask(_to_int32(bernoulli_words(length, attn_mask_ratio, seed, step))[None], length)
     return pack_mask(causal | drawn)
+
+
+def fragment_mask(words: Tensor, k_length: int, transpose: bool) -> Tensor:
+    """int32 [M, ceil(rows/64), ceil(columns/128), 128, 2]: bits in the order of a 64 x 128 tile's accumulators.
+
+    Rows are queries and columns keys, or the reverse with ``transpose``. Thread 32w + l of a tile holds 64 bits; bit
+    i = c + 2r + 4v (word i / 32, bit i % 32) is row 16w + l/4 + 8r, column 8v + 2(l % 4) + c. Padding is 0.
+    """
+    allowed = unpack_mask(words, k_length)
+    allowed = allowed.mT if transpose else allowed
+    n_masks, rows, columns = allowed.shape
+    row_tiles, column_tiles = (rows + 63) // 64, (columns + 127) // 128
+    allowed = torch.nn.functional.pad(allowed, (0, 128 * column_tiles - columns, 0, 64 * row_tiles - rows))
+    # [M, row tile, w, r, l / 4, column tile, v, l % 4, c] -> [M, row tile, column tile, w, l / 4, l % 4, v, r, c]
+    split = allowed.reshape(n_masks, row_tiles, 4, 2, 8, column_tiles, 16, 4, 2).permute(0, 1, 5, 2, 4, 7, 6, 3, 8)
+    return pack_mask(split.reshape(n_masks, row_tiles * column_tiles * 128, 64)).reshape(
+        n_masks, row_tiles, column_tiles, 128, 2
+    )
+
+
+def mask_tile_classes(words: Tensor, k_length: int, tile_rows: int, tile_cols: int) -> Tensor:
+    """uint8 [M, ceil(Lq/tile_rows), ceil(Lk/tile_cols)]: 0 nothing in the tile is allowed, 1 everything is, 2 else."""
+    allowed = unpack_mask(words, k_length)
+    n_masks, q_length, _ = allowed.shape
+    row_tiles, column_tiles = -(-q_length // tile_rows), -(-k_length // tile_cols)
+    padding = (0, column_tiles * tile_cols - k_length, 0, row_tiles * tile_rows - q_length)
+
+    def any_in_tile(entries: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(entries, padding)  # with False
+        return padded.reshape(n_masks, row_tiles, tile_rows, column_tiles, tile_cols).any(dim=4).any(dim=2)
+
+    any_allowed, any_forbidden = any_in_tile(allowed), any_in_tile(~allowed)
+    return any_allowed.to(torch.uint8) * (1 + any_forbidden.to(torch.uint8))
