@@ -64,11 +64,20 @@ inline KernelPlan plan_mask_tokens(PlanSizes& s) {
 }
 
 // N scored tokens: the kernel of one chunk, the traffic and GEMMs of all of them.
-inline KernelPlan plan_linear_loss(PlanSizes& s) {
+inline KernelPlan plan_linear(PlanSizes& s, KernelPlan (*plan)(int64_t, int64_t, int64_t, int64_t, int)) {
   const int64_t n = s.take("N"), H = s.take("H"), V = s.take("V");
   const int element_size = s.element_size();
   const int64_t chunk = s.take("chunk_rows", rows_within(kChunkBytes, V, element_size));
-  return plan_linear_loss(n, H, V, std::clamp<int64_t>(chunk, 1, std::max<int64_t>(n, 1)), element_size);
+  return plan(n, H, V, std::clamp<int64_t>(chunk, 1, std::max<int64_t>(n, 1)), element_size);
+}
+
+inline KernelPlan plan_linear_loss(PlanSizes& s) { return plan_linear(s, plan_linear_loss); }
+inline KernelPlan plan_linear_nll(PlanSizes& s) { return plan_linear(s, plan_linear_nll); }
+
+// N of the B * L tokens are scored, by default all.
+inline KernelPlan plan_logits_loss(PlanSizes& s) {
+  const int64_t B = s.take("B"), L = s.take("L"), n = s.take("N", B * L);
+  return plan_logits_loss(B, L, n, s.take("V"), s.element_size(), s.flag("backward"));
 }
 
 inline KernelPlan plan_token_stats(PlanSizes& s) {
@@ -85,13 +94,53 @@ inline KernelPlan plan_unmask(PlanSizes& s) {
 
 inline KernelPlan plan_annealed_mask(PlanSizes& s) { return plan_annealed_mask(s.take("L")); }
 
+// M masks, one by default, of Lq queries and Lk keys.
+struct MaskSizes {
+  int64_t M, Lq, Lk;
+  explicit MaskSizes(PlanSizes& s) : M(s.take("M", 1)), Lq(s.take("Lq")), Lk(s.take("Lk")) {}
+};
+
+// Tensors are taken to be aligned: whole words, or not, is then a matter of Lk.
+inline KernelPlan plan_pack_mask(PlanSizes& s) {
+  const MaskSizes m(s);
+  return plan_pack_mask(m.M, m.Lq, m.Lk, m.Lk % 32 == 0);
+}
+
+inline KernelPlan plan_unpack_mask(PlanSizes& s) {
+  const MaskSizes m(s);
+  return plan_unpack_mask(m.M, m.Lq, m.Lk, m.Lk % 32 == 0);
+}
+
+inline KernelPlan plan_id_mask(PlanSizes& s) {
+  const MaskSizes m(s);
+  return plan_id_mask(m.M, m.Lq, m.Lk);
+}
+
+inline KernelPlan plan_fragment_mask(PlanSizes& s) {
+  const MaskSizes m(s);
+  return plan_fragment_mask(m.M, m.Lq, m.Lk, s.flag("transpose"));
+}
+
+inline KernelPlan plan_mask_tile_classes(PlanSizes& s) {
+  const MaskSizes m(s);
+  const int64_t rows = std::max<int64_t>(s.take("tile_rows"), 1), cols = std::max<int64_t>(s.take("tile_cols"), 1);
+  return plan_mask_tile_classes(m.M, m.Lq, m.Lk, rows, cols);
+}
+
 inline const std::map<std::string, KernelPlan (*)(PlanSizes&)>& plans() {
   static const std::map<std::string, KernelPlan (*)(PlanSizes&)> table = {
       {"annealed_mask", plan_annealed_mask},
+      {"fragment_mask", plan_fragment_mask},
+      {"id_mask", plan_id_mask},
       {"linear_shifted_cross_entropy", plan_linear_loss},
+      {"linear_shifted_nll", plan_linear_nll},
+      {"mask_tile_classes", plan_mask_tile_classes},
       {"mask_tokens", plan_mask_tokens},
+      {"pack_mask", plan_pack_mask},
+      {"shifted_cross_entropy", plan_logits_loss},
       {"token_stats", plan_token_stats},
       {"unmask", plan_unmask},
+      {"unpack_mask", plan_unpack_mask},
   };
   return table;
 }

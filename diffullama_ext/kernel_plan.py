@@ -63,15 +63,16 @@ def kernel_plan(
     >>> kernel_plan("mask_tokens", B=64, L=2048, copy_bandwidth=4.2e12)  # doctest: +SKIP
 
     Args:
-        op: mask_tokens, annealed_mask, linear_shifted_cross_entropy, token_stats or unmask.
+        op: a name under ``torch.ops.diffullama``; an unknown one is answered by the list.
         device: CUDA device that it is launched on; None means the current one, or an H200 where there is none.
         dtype: of logits and hidden states, where the op has them.
         copy_bandwidth: measured bytes a second, read plus written.
         gemm_rate: measured FLOP a second of a matrix product in this dtype.
         shape: sizes by the letters of the op's documentation, N=4096, V=32000, and what chooses another kernel:
             greedy=1 (temperature 0) or truncated=1 (top-k, top-p) of token_stats, maskable=1 and p_by_token=1 of
-            mask_tokens, chunk_rows of linear_shifted_cross_entropy, whose N is the number of scored tokens. A missing
-            or unknown size is named in the error.
+            mask_tokens, backward=1 of shifted_cross_entropy, chunk_rows of the linear losses, transpose=1 of
+            fragment_mask, tile_rows and tile_cols of mask_tile_classes. N of a loss is the number of scored tokens; the
+            masks take M=1, Lq and Lk. A missing or unknown size is named in the error.
 
     Raises:
         ValueError: an unknown op, or sizes that do not fit it. RuntimeError: ``_C`` was not built for this Python.

@@ -70,6 +70,29 @@ def test_masks_and_unmask() -> None:
     assert plan("unmask", B=64, L=2048).grid == 64
 
 
+def test_plans_of_mask_conversions() -> None:
+    """Bools are a byte, words 4 bytes of 32 keys; 96 keys are whole words, 70 are not."""
+    sizes = {"M": 2, "Lq": 50, "Lk": 96}
+    for op in ("pack_mask", "unpack_mask"):
+        assert plan(op, **sizes).bytes == 2 * 50 * (96 + 3 * 4)
+        assert plan(op, **sizes).kernel == f"{op}_flat_kernel"
+        assert plan(op, Lq=50, Lk=70).kernel == f"{op}_rows_kernel"
+    assert plan("id_mask", **sizes).bytes == 2 * (50 * 3 * 4 + (50 + 96) * 8)
+    assert plan("fragment_mask", **sizes).bytes == 2 * (50 * 3 * 4 + 128 * 8)
+    assert plan("fragment_mask", **sizes, transpose=1).bytes == 2 * (50 * 3 * 4 + 2 * 128 * 8)
+    assert plan("mask_tile_classes", **sizes, tile_rows=64, tile_cols=32).bytes == 2 * (50 * 3 * 4 + 3)
+
+
+def test_losses_without_the_linear_gradient() -> None:
+    """Scored rows are read; the gradient of every row is written; targets, masks, nll and lse besides."""
+    sizes = {"B": 2, "L": 8, "V": 100, "dtype": torch.float32}
+    tokens = 2 * 8 * (8 + 1 + 4 + 4)
+    assert plan("shifted_cross_entropy", **sizes).bytes == 16 * 100 * 4 + tokens
+    assert plan("shifted_cross_entropy", **sizes, N=5, backward=1).bytes == (5 + 16) * 100 * 4 + tokens
+    nll = plan("linear_shifted_nll", N=10, H=8, V=100, copy_bandwidth=1e12, gemm_rate=1e12)
+    assert (nll.kernel, nll.grid, nll.flops) == ("chunk_nll_kernel", 10, 2 * 10 * 8 * 100)
+
+
 def test_floor_needs_the_rates_that_bound_the_op() -> None:
     sizes = {"N": 10, "H": 8, "V": 16}
     assert plan("linear_shifted_cross_entropy", **sizes).floor_s is None

@@ -1,17 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Making, packing and unpacking mask words on CUDA.
 //   annealed_mask  : a warp takes 32 (or 4 x 32) consecutive words of a row, a block 8 rows. Words below the diagonal
-//   are
-//                    stored as ones; the others draw their planes from the highest down, four a Philox call, until no
-//                    bit of the warp's 32 words is open: 3.2 calls on average where the threshold has 8 groups of
+//                    are stored as ones; the others draw their planes from the highest down, four a Philox call, until
+//                    no bit of the warp's 32 words is open: 3.2 calls on average where the threshold has 8 groups of
 //                    planes (a bit stays open with probability 1/2 a plane), none below its lowest set bit. Traffic: 4
-//                    B a word written, 128 B a warp and store. Bound: integer issue, 18 multiplies and 28 logical ops a
-//                    call
+//                    B a word written, 128 B a warp and store. Bound: integer issue, 18 multiplies and 28 logical ops
+//                    a call
 //   pack, unpack   : flat where rows are whole words and tensors aligned: 16 bools a thread and access (16 B), 4 in
 //                    flight; otherwise a warp takes 32 words of a row, one bool a lane, by votes. Bound: memory
 //   id_mask        : a block keeps 1024 keys in shared memory for 64 rows; a vote is a word. Bound: issue, about 5 a
-//   word
-//                    and warp
+//                    word and warp
 //   int64          : every offset
 // Not yet measured on GPU.
 #include "attention_mask_kernel.h"

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // fragment_mask and mask_tile_classes on CUDA.
-//   fragment_mask            : 128 threads make two neighbouring tiles of 64 x 128; a thread reads the four words (16
-//   B) of
-//                              its two rows, and writes its 64 bits (8 B; a warp 256 B)
+//   fragment_mask            : 128 threads make two neighbouring tiles of 64 x 128; a thread reads the four words
+//                              (16 B) of its two rows, and writes its 64 bits (8 B; a warp 256 B)
 //   fragment_mask_transposed : 128 threads read 8 words of 128 queries (32 B a thread, a whole sector), transpose them
-//   as
-//                              32 x 32 blocks by shuffles into shared memory, and write four tiles of 64 keys
+//                              as 32 x 32 blocks by shuffles into shared memory, and write four tiles of 64 keys
 //   mask_tile_classes        : a warp reads a tile until it has seen both values; four words in flight a lane
 //   traffic : the words once (tiles that share a sector are one block's), the fragments once
 //   bound   : memory, or L2 for words just made; the transpose issue, about 400 instructions a warp and 1024 words

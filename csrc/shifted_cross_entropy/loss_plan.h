@@ -37,6 +37,24 @@ inline KernelPlan plan_chunk_loss(int64_t n, int64_t V, int element_size, bool w
   return plan;
 }
 
+// The loss of logits that are there already, n of B * L tokens scored: a block a row; the gradient is written
+// everywhere.
+inline KernelPlan plan_logits_loss(int64_t B, int64_t L, int64_t n, int64_t V, int element_size, bool with_grad) {
+  KernelPlan plan{with_grad ? "logits_gradient_kernel" : "logits_nll_kernel"};
+  plan.grid = B * L;
+  plan.block = kLossThreads;
+  plan.bytes = n * V * element_size + (with_grad ? B * L * V * element_size : 0) + B * L * (8 + 1 + 2 * 4);
+  return plan;
+}
+
+// The linear negative log-likelihood without gradients: one GEMM a chunk, and the logits written and read once.
+inline KernelPlan plan_linear_nll(int64_t n, int64_t H, int64_t V, int64_t chunk_rows, int element_size) {
+  KernelPlan plan = plan_chunk_loss(chunk_rows, V, element_size, false);
+  plan.flops = 2 * n * H * V;
+  plan.bytes = n * V * element_size * 2 + ceil_div(n, chunk_rows) * V * H * element_size + 2 * n * H * element_size;
+  return plan;
+}
+
 // The linear loss with both gradients over n scored rows: three GEMMs; weights, hidden and fp32 dW touched once a
 // chunk.
 inline KernelPlan plan_linear_loss(int64_t n, int64_t H, int64_t V, int64_t chunk_rows, int element_size) {

@@ -6,18 +6,16 @@
 //             warp, tile, lane, chunk, entry. Truncated draws find their cut in between (token_stats_cut.cuh)
 //   traffic : N * V logits read once; 48 B a row besides
 //   bound   : HBM for greedy and temperature 1; 2 ex2 a logit (90 % of HBM at 16 bits) at other temperatures;
-//   instruction
-//             issue for top-p. Arithmetic in docs/kernels/unmasking.md; not yet measured on GPU
+//             instruction issue for top-p. Arithmetic in docs/kernels/unmasking.md; not yet measured on GPU
 //   order   : every sum is of integers, or in a fixed order over 8 entries that start at a multiple of 8: a row's
-//   results
-//             depend neither on its neighbours nor on how many blocks share it
+//             results depend neither on its neighbours nor on how many blocks share it
 //   int64   : row offsets; N * V may pass 2^31
 #include "token_stats_kernel.h"
 
-#include <climits>
-
 #include "../common/launch.h"
 #include "token_stats_cut.cuh"
+#include "token_stats_draw.cuh"
+#include "token_stats_sums.cuh"
 
 namespace diffullama {
 namespace {
@@ -29,8 +27,9 @@ constexpr int kBlocksPerSm = 4, kTruncatedBlocksPerSm = 3;  // that the register
 
 static_assert(sizeof(CutShared) + sizeof(RowShared) <= kTokenStatsStaticBytes, "the plan counts on less");
 
-// --- the start: what the row's end needs from global memory, and the largest logit
+// --- a row from start to end
 
+// What the row's end needs from global memory, fetched first.
 template <class Row>
 __device__ void fetch_row_inputs(const Row& c) {
   if (threadIdx.x == 0) {
@@ -43,260 +42,6 @@ __device__ void fetch_row_inputs(const Row& c) {
     c.shared.current = !given ? NAN : current == c.p.forbid ? -INFINITY : static_cast<float>(c.slice.row.x[current]);
   }
 }
-
-// Rank bits of the largest of the lane's entries.
-template <class T, bool kResident>
-__device__ uint32_t lane_largest(const Context<T, kResident>& c) {
-  Largest<T> largest;
-  for (int chunk = c.own.first; chunk < c.own.end; chunk += kWarp) largest.add(c.slice.chunk(chunk));
-  return largest.bits();
-}
-
-// Where the row's largest logit is in the warp's segment, and the largest after it. Lanes that hold it are few: all
-// lanes go through the chunks of one after another.
-template <class T, bool kResident>
-__device__ void find_top(const Context<T, kResident>& c, uint32_t lane_bits, uint32_t top_bits, WarpRecord& record) {
-  const float top = value_of_bits(top_bits);
-  float second = -INFINITY;
-  int first = INT_MAX, n = 0;
-  for (unsigned holders = __ballot_sync(kAllLanes, lane_bits == top_bits); holders != 0; holders &= holders - 1) {
-    const int holder = c.own.first - c.team.lane + __ffs(static_cast<int>(holders)) - 1;
-    for (int chunk = holder + kWarp * c.team.lane; chunk < c.own.end; chunk += kWarp * kWarp) {
-      float x[kChunk];
-      unpack(c.slice.chunk(chunk), x);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        const bool is_top = x[i] == top;
-        n += is_top;
-        first = is_top ? min(first, c.slice.begin + kChunk * chunk + i) : first;
-        second = is_top ? second : fmaxf(second, x[i]);
-      }
-    }
-  }
-  const uint32_t others = lane_bits == top_bits ? ~0u : lane_bits;
-  const uint32_t second_bits = __reduce_min_sync(kAllLanes, min(others, rank_bits(second)));
-  first = __reduce_min_sync(kAllLanes, first);
-  n = __reduce_add_sync(kAllLanes, n);
-  if (c.team.lane != 0) return;
-  record.first_top = first;
-  record.n_top = n;
-  record.second = second_bits;
-}
-
-// --- the pass over the whole row
-
-struct SegmentSums {
-  MassSum weight, entropy, drawn, kept;
-};
-
-// f(0) + f(2) + ... plus f(1) + f(3) + ...: one order for every launch.
-template <class F>
-__device__ __forceinline__ float chunk_sum(F&& f) {
-  float even = f(0), odd = f(1);
-#pragma unroll
-  for (int i = 2; i < kChunk; i += 2) {
-    even += f(i);
-    odd += f(i + 1);
-  }
-  return even + odd;
-}
-
-// (top - x) exp(x - top) over a chunk; an entry of -inf adds 0.
-__device__ __forceinline__ float chunk_entropy(const float (&gap)[kChunk], const float (&weight)[kChunk]) {
-  const auto sum = [&](auto&& factor) {
-    float even = factor(0) * weight[0], odd = factor(1) * weight[1];
-#pragma unroll
-    for (int i = 2; i < kChunk; i += 2) {
-      even = fmaf(factor(i), weight[i], even);
-      odd = fmaf(factor(i + 1), weight[i + 1], odd);
-    }
-    return even + odd;
-  };
-  const float entropy = sum([&](int i) { return gap[i]; });
-  if (entropy == entropy) return entropy;
-  return sum([&](int i) { return weight[i] > 0 ? gap[i] : 0.0f; });  // inf * 0, seldom
-}
-
-// Truncated draws keep what is above the pivot for now.
-template <Draw kDraw, class T>
-__device__ __forceinline__ void add_chunk(const Chunk<T>& chunk, const Scales& scales, float pivot, bool draws,
-                                          SegmentSums& sums) {
-  float x[kChunk], gap[kChunk], weight[kChunk];
-  unpack(chunk, x);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    gap[i] = scales.top - x[i];
-    weight[i] = exp2_approx(gap[i] * scales.stats);
-  }
-  float total = chunk_sum([&](int i) { return weight[i]; });
-  sums.weight.add(total);
-  sums.entropy.add(chunk_entropy(gap, weight));
-  if constexpr (kDraw == Draw::kGreedy) return;
-  if (!draws) return;
-  if (scales.tempered()) {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) weight[i] = exp2_approx(gap[i] * scales.draw);
-    if constexpr (kDraw == Draw::kTruncated) total = chunk_sum([&](int i) { return weight[i]; });
-  }
-  if constexpr (kDraw == Draw::kTruncated) sums.drawn.add(total);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    if (kDraw == Draw::kWhole || x[i] > pivot) sums.kept.add(weight[i]);
-  }
-}
-
-// A lane's sums over 8 tiles are below 256: they are exact so long.
-constexpr int kExactTiles = 8;
-
-template <Draw kDraw, class T, bool kResident>
-__device__ void add_segment(const Context<T, kResident>& c, const Scales& scales, float pivot, bool draws,
-                            WarpRecord& record) {
-  uint64_t weight = 0, entropy = 0, drawn = 0, kept = 0;
-  for (int first_tile = 0; first_tile < c.p.layout.tiles; first_tile += kExactTiles) {
-    SegmentSums sums;
-    const int end_tile = min(first_tile + kExactTiles, c.p.layout.tiles);
-#pragma unroll 1
-    for (int tile = first_tile; tile < end_tile; ++tile) {
-      sums.kept = MassSum();
-#pragma unroll 2
-      for (int k = 0; k < kSteps; ++k) {
-        if (c.chunk_of(tile, k) >= c.own.end) break;
-        add_chunk<kDraw>(c.slice.chunk(c.chunk_of(tile, k)), scales, pivot, draws, sums);
-      }
-      if constexpr (kDraw != Draw::kGreedy) {
-        const uint64_t tile_mass = warp_total_of_tiles(sums.kept.mass());
-        if (c.team.lane == 0) c.tile_sums[tile] = tile_mass;
-        kept += tile_mass;
-      }
-    }
-    weight += sums.weight.mass();
-    entropy += sums.entropy.mass();
-    if constexpr (kDraw == Draw::kTruncated) drawn += sums.drawn.mass();
-  }
-  weight = warp_total(weight);
-  entropy = warp_total(entropy);
-  if constexpr (kDraw == Draw::kTruncated) drawn = warp_total(drawn);
-  if (c.team.lane != 0) return;
-  record.weight = weight;
-  record.entropy = entropy;
-  record.drawn = drawn;
-  record.kept = kept;
-}
-
-// --- the draw, by the first warp of every block
-
-struct Drawn {
-  int token;  // entry of the row
-  float x;
-  float prob;  // of the draw
-};
-
-// The entry drawn, in every lane of the block that holds it; false in the others.
-template <Draw kDraw, class T, bool kResident>
-__device__ bool draw_token(const Context<T, kResident>& c, const Scales& scales, uint64_t cut, Drawn& out) {
-  constexpr int kRounds = kTokenStatsMaxCluster * kTokenStatsWarps / kWarp;
-  uint64_t kept[kRounds], sum = 0;
-#pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    const int slot = r * kWarp + c.team.lane;
-    sum += kept[r] = c.team.is_used(slot) ? c.team.of_slot(c.shared.warps, slot).kept : 0;
-  }
-  const uint64_t total = warp_total(sum);
-  uint64_t target = draw_target(c.shared.uniform62, total);
-  int owner = 0;
-#pragma unroll
-  for (int r = 0, found = kWarp; r < kRounds; ++r) {
-    if (found == kWarp) owner = r * kWarp + (found = descend(kept[r], target));
-  }
-  if (owner / kTokenStatsWarps != c.team.rank) return false;
-  const int warp = owner % kTokenStatsWarps, n_tiles = c.p.layout.tiles;
-  const uint64_t* tile_sums = c.tile_sums + (warp - c.team.warp) * n_tiles;
-  const int tile = descend(c.team.lane < n_tiles ? tile_sums[c.team.lane] : 0, target);
-
-  const auto mass_at = [&](float x, int i) {
-    return kDraw == Draw::kTruncated && rank_of(x, i) > cut ? uint64_t{0} : mass_of(scales.draw_weight(x));
-  };
-  const int begin = warp * c.p.layout.segment + tile * kTileChunks;
-  const int end = min(min(begin + kTileChunks, (warp + 1) * c.p.layout.segment), c.slice.chunks);
-  uint64_t lane_mass = 0, masses[kSteps];
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) {  // consecutive chunks here, as the order counts
-    const int chunk = begin + kSteps * c.team.lane + k;
-    masses[k] = 0;
-    if (chunk < end) {
-      float x[kChunk];
-      unpack(c.slice.chunk(chunk), x);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) masses[k] += mass_at(x[i], c.slice.begin + kChunk * chunk + i);
-    }
-    lane_mass += masses[k];
-  }
-  const int lane = descend(lane_mass, target);
-  int step = 0;
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-    const uint64_t mass = __shfl_sync(kAllLanes, masses[k], lane);
-    if (step == k && target >= mass) {
-      target -= mass;
-      ++step;
-    }
-  }
-  const int entry = kChunk * (begin + kSteps * lane + step);
-  const bool in_chunk = c.team.lane < kChunk;
-  const float x = in_chunk ? c.slice.value(entry + c.team.lane) : -INFINITY;
-  const uint64_t mass = in_chunk ? mass_at(x, c.slice.begin + entry + c.team.lane) : 0;
-  const int place = descend(mass, target);
-  out.token = c.slice.begin + entry + place;
-  out.x = __shfl_sync(kAllLanes, x, place);
-  const uint64_t share = __shfl_sync(kAllLanes, mass, place);
-  out.prob = static_cast<float>(static_cast<double>(share) / static_cast<double>(total));
-  return true;
-}
-
-// --- the results of a row
-
-__device__ void write_invalid(const TokenStatsParams& p, int64_t n) {
-  p.token[n] = -1;
-  for (int k = 0; k < 8; ++k) p.values[k * p.N + n] = NAN;
-}
-
-// By one warp, after the sums of all are there; greedy takes the token here.
-template <Draw kDraw, class T, bool kResident>
-__device__ void write_row(const Context<T, kResident>& c, float top, Drawn drawn) {
-  constexpr double kUnit = 1.0 / static_cast<double>(uint64_t{1} << kMassBits);
-  const double sum = kUnit * static_cast<double>(c.team.total(c.shared.warps, &WarpRecord::weight));
-  const double entropy = kUnit * static_cast<double>(c.team.total(c.shared.warps, &WarpRecord::entropy));
-  uint32_t second = ~0u;
-  int first = INT_MAX, n_top = 0;
-#pragma unroll 1
-  for (int slot = c.team.lane; slot < c.team.n_slots(); slot += kWarp) {
-    if (!c.team.is_used(slot)) continue;
-    const WarpRecord& record = c.team.of_slot(c.shared.warps, slot);
-    second = min(second, record.second);
-    first = min(first, record.first_top);
-    n_top += record.n_top;
-  }
-  second = __reduce_min_sync(kAllLanes, second);
-  first = __reduce_min_sync(kAllLanes, first);
-  n_top = __reduce_add_sync(kAllLanes, n_top);
-  if (c.team.lane != 0) return;
-  if constexpr (kDraw == Draw::kGreedy) drawn = {first, top, 1.0f};
-  const float x2 = n_top > 1 ? top : value_of_bits(second);
-  const float inverse = static_cast<float>(1.0 / sum), log_sum = logf(static_cast<float>(sum));
-  const float values[8] = {expf(drawn.x - top) * inverse,
-                           drawn.prob,
-                           inverse,
-                           expf(x2 - top) * inverse,
-                           top - x2,
-                           log_sum + static_cast<float>(entropy / sum),
-                           top + log_sum,
-                           expf(c.shared.current - top) * inverse};
-  c.p.token[c.n] = drawn.token;
-#pragma unroll
-  for (int k = 0; k < 8; ++k) c.p.values[k * c.p.N + c.n] = values[k];
-}
-
-// --- a row from start to end
 
 template <class T, bool kResident>
 __device__ Context<T, kResident> context_of(const TokenStatsParams& p, RowShared& shared) {

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // unmask on CUDA: one launch, one block of 512 threads a sequence, 4 positions a thread at a time.
 //   first pass : reads everything once, copies xt, makes the rank keys (kept in shared memory up to 8192 positions),
-//   their
-//                smallest, largest and number
+//                their smallest, largest and number
 //   cut        : threshold and random need no more. quota and factor look for the first key that is not committed: the
 //                range of keys is cut into 512 bins (counts by integer atomics, ranks by a scan over bins), the first
 //                bin that may hold it becomes the range, until at most 64 keys are left to be ranked against each
 //                other. Distinct confidences take one or two rounds, ties no more: the position is part of the key
 //   last pass  : commits the keys up to the cut
 //   traffic    : 30 B a position (xt, masked, token, confidence in; xt, committed out). Beyond 8192 positions every
-//   pass
-//                reads 13 B again, from L2
+//                pass reads 13 B again, from L2
 //   bound      : latency of about a dozen barriers below some 100 sequences, memory above
 //   int64      : offsets of sequences; positions and counts inside one are int
 // Deterministic: counts, ranks and minima do not depend on the order of atomics. Not yet measured on GPU.

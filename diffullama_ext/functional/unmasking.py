@@ -62,7 +62,8 @@ def token_stats(
     Args:
         logits: [N, V] float.
         temperature: at least 0. top_k: at least 1, None means V. top_p: in (0, 1].
-        forbid: the id that is never drawn and has no probability (the mask id); None means none.
+        forbid: the id that is never drawn and has no probability (the mask id), whatever its logit, NaN included; None
+            means none.
         seed, step: 64 and 32 bits; ints or int64 [1] on the device. None draws the seed from ``generator``.
         row_index: [N] int64 key of each row's draw; None means 0..N-1. A row does not depend on the others.
         current: [N] int64 ids whose probability is returned too.

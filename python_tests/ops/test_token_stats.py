@@ -197,6 +197,15 @@ def test_invalid_rows(impl: str, device: str, options: dict[str, Any]) -> None:
     assert ((got.token[good] >= 0) & (got.token[good] != 3)).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e4])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_p": 0.7}], ids=str)
+def test_forbidden_column_is_not_looked_at(impl: str, device: str, value: float, options: dict[str, Any]) -> None:
+    logits = _logits(9, 40, device)
+    expected = token_stats(logits, forbid=17, seed=3, impl=impl, **options)
+    logits[:, 17] = value
+    assert_all_equal(token_stats(logits, forbid=17, seed=3, impl=impl, **options), expected)
+
+
 def test_minus_infinity_is_never_drawn(impl: str, device: str) -> None:
     logits = torch.full((5000, 6), -torch.inf, device=device)
     logits[:, 1], logits[:, 4] = 0.0, 1.0
