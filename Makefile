@@ -72,6 +72,7 @@ simulated: build
 # Every op test over the CUDA kernels; wrong results under shuffled thread order, divergence, deadlock.
 test-simulated: simulated
 	$(SIM_LIBRARY)diffullama_simulated.so $(PYTEST) -q --require-ext $(SIM_TESTS)
+	DIFFULLAMA_SIMULATED_ARCH=80 $(SIM_LIBRARY)diffullama_simulated.so $(PYTEST) -q --require-ext $(SIM_TESTS) -k token_stats_paths
 
 # Out-of-bounds accesses and undefined behaviour, by AddressSanitizer and UBSan.
 test-sanitized: simulated

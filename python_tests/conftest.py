@@ -20,6 +20,7 @@ CUDA_KERNELS = {
     "fragment_mask",
     "id_mask",
     "linear_shifted_cross_entropy",
+    "linear_shifted_nll",
     "mask_tokens",
     "shifted_cross_entropy",
     "token_stats",
