@@ -115,6 +115,22 @@ class AttentionMask:
         return cls._from_ids(document_ids, key_document_ids, exact=True)
 
     @classmethod
+    def two_streams(cls, block_ids: Tensor) -> AttentionMask:
+        """[noised | clean] of a sequence, ids int64 [L] or [B, L] of its blocks: the training mask of block diffusion.
+
+        For 2 L queries and keys: a noised query sees the noised keys of its block and the clean ones of lower blocks; a
+        clean query the clean ones of its and lower blocks. ids are at least 0.
+
+        Source: Arriola et al., "Block Diffusion: Interpolating Between Autoregressive and Diffusion Language Models"
+        (BD3-LM, ICLR 2025): M_BD, M_OBC and M_BC.
+        """
+        clean = 2 * block_ids + 1  # odd, so that the even id of a noised query lies below its own block's clean keys
+        nothing = torch.full_like(block_ids, 2**62)
+        before = cls.block_causal(torch.cat([2 * block_ids, clean], dim=-1), torch.cat([nothing, clean], dim=-1))
+        within = cls.documents(torch.cat([block_ids, nothing], dim=-1), torch.cat([block_ids, -nothing], dim=-1))
+        return before | within
+
+    @classmethod
     def _from_ids(cls, query_ids: Tensor, key_ids: Tensor | None, exact: bool) -> AttentionMask:
         key_ids = query_ids if key_ids is None else key_ids
         ids = []

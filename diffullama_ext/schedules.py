@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What changes with time: the noise level, the attention annealing, and how many tokens a sampling step commits."""
+"""What changes with time: noise level, attention annealing, block length, and the tokens a sampling step commits."""
 
 from dataclasses import dataclass
 
@@ -35,6 +35,40 @@ class AttentionAnnealing:
     def __call__(self, step: int) -> float:
         """Ratio at optimiser step ``step`` (0-based)."""
         return 1.0 if self.anneal_steps == 0 else min(1.0, (step + 1) / self.anneal_steps)
+
+
+@dataclass(frozen=True)
+class BlockLengthCurriculum:
+    """Block length by optimiser step: ``start``, doubled at even intervals, ``final`` from step ``steps`` on.
+
+    final = start * 2^n; the n lengths below final share the ``steps`` before it. Source: BARD (Bard-VL) merges blocks
+    4, 8, 16, 32 in stages.
+    """
+
+    start: int
+    final: int
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.start < 1:
+            raise ValueError(f"block_length_start must be at least 1, got {self.start}")
+        if self.steps < 0:
+            raise ValueError(f"block_length_steps must be at least 0, got {self.steps}")
+        ratio, rest = divmod(self.final, self.start)
+        if rest or ratio & (ratio - 1) or ratio < 1:
+            raise ValueError(f"block_length must be block_length_start * 2^n, got {self.final} and {self.start}")
+        if (self.steps > 0) != (ratio > 1):
+            raise ValueError(
+                f"block_length_steps must be 0 exactly where the length stays, got {self.steps} for {self.start} to "
+                f"{self.final}"
+            )
+
+    def __call__(self, step: int) -> int:
+        """Block length at optimiser step ``step`` (0-based)."""
+        if step >= self.steps:
+            return self.final
+        n_doublings = (self.final // self.start).bit_length() - 1
+        return self.start << (step * n_doublings // self.steps)
 
 
 def commit_quota(n_masked: Tensor, steps_left: int | Tensor) -> Tensor:

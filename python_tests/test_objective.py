@@ -144,7 +144,9 @@ def test_nothing_to_score_gives_zero(normalizer: str, loss_mask: str) -> None:
     model = adapted()
     x0 = torch.full((2, 5), MASK_ID + 1)
     nothing = torch.zeros_like(x0, dtype=torch.bool)
-    out = objective(normalizer=normalizer, loss_mask=loss_mask)(model, x0, maskable=nothing, **CALL)
+    goal = objective(normalizer=normalizer, loss_mask=loss_mask)
+    with pytest.warns(UserWarning, match=r"a batch has no token that may be masked and scored.*\(1 so far\)"):
+        out = goal(model, x0, maskable=nothing, **CALL)
     out.loss.backward()
     assert out.loss == 0
     assert out.stats.n_scored == 0
@@ -264,7 +266,9 @@ def test_bad_configs(config: dict, message: str) -> None:
 
 
 def test_bad_recipes_and_times() -> None:
-    with pytest.raises(ValueError, match=r"recipe must be one of 'diffullama', 'llada', 'llada_sft', got 'mdlm'"):
+    with pytest.raises(
+        ValueError, match=r"recipe must be one of 'diffullama', 'llada', 'llada_sft', 'dream', got 'mdlm'"
+    ):
         ObjectiveConfig.recipe("mdlm", mask_id=1)
     with pytest.raises(TypeError, match=r"sample_index must be a?.*int64\[B\], got float32\[2\]"):
         draw_t(torch.zeros(2), 0)

@@ -54,7 +54,7 @@ def _scorable(masked: Tensor, maskable: Tensor | None, shift: bool) -> Tensor:
     return torch.full((batch,), max(length - int(shift), 0), device=masked.device)
 
 
-def _normalized(
+def normalized(
     stats: LossStats, normalizer: str | float | Tensor, masked: Tensor, maskable: Tensor | None, shift: bool
 ) -> Tensor:
     """weighted_sum over its normaliser; a normaliser of 0 (nothing to score) gives 0, never NaN."""
@@ -76,7 +76,8 @@ def _normalized(
     return stats.weighted_sum / normalizer
 
 
-def _sequence_weight(weight: Tensor, masked: Tensor, maskable: Tensor | None, shift: bool) -> Tensor:
+def sequence_weight(weight: Tensor, masked: Tensor, maskable: Tensor | None, shift: bool) -> Tensor:
+    """[B, L] weights that make the normaliser "sequence" a division by B: each over its sequence's "tokens" count."""
     return weight / _scorable(masked, maskable, shift).clamp(min=1)[:, None]
 
 
@@ -148,13 +149,13 @@ def _reduced(
     """Reduction of per-token losses [B, L]."""
     weight = _token_weight(loss_weight, masked, nll.dtype)
     if reduction == "mean" and isinstance(normalizer, str) and normalizer == "sequence":
-        weight = _sequence_weight(weight, masked, maskable, shift)
+        weight = sequence_weight(weight, masked, maskable, shift)
     scored = reference.shifted_cross_entropy.scored_tokens(masked, shift)
     weighted = torch.where(scored, weight * nll, 0.0)  # an infinite weight where nothing is scored must not make NaN
     stats = LossStats(weighted.sum(), nll.detach().sum(), scored.sum())
     if reduction == "none":
         return weighted, stats
-    loss = stats.weighted_sum if reduction == "sum" else _normalized(stats, normalizer, masked, maskable, shift)
+    loss = stats.weighted_sum if reduction == "sum" else normalized(stats, normalizer, masked, maskable, shift)
     return loss, stats
 
 
@@ -242,7 +243,7 @@ def linear_shifted_cross_entropy(
         return _reduced(nll, masked, loss_weight, maskable, shift, normalizer, reduction)
     weight = _token_weight(loss_weight, masked, wide)
     if reduction == "mean" and isinstance(normalizer, str) and normalizer == "sequence":
-        weight = _sequence_weight(weight, masked, maskable, shift)
+        weight = sequence_weight(weight, masked, maskable, shift)
     stats = LossStats(
         *backend.linear_shifted_cross_entropy(
             hidden,
@@ -259,7 +260,7 @@ def linear_shifted_cross_entropy(
             bound,
         )
     )
-    loss = stats.weighted_sum if reduction == "sum" else _normalized(stats, normalizer, masked, maskable, shift)
+    loss = stats.weighted_sum if reduction == "sum" else normalized(stats, normalizer, masked, maskable, shift)
     return loss, stats
 
 

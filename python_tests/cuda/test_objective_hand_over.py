@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffullama_ext import objective as module
 from diffullama_ext.functional import linear_shifted_cross_entropy
+from diffullama_ext.objective import loss as module
 
 
 @pytest.fixture

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score the hidden states inside a model's own forward, whatever wraps the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+# (hidden [B, L, H], head's weight [V, H], its bias [V] or None, softcap or None) -> tensors
+Score = Callable[[Tensor, Tensor, "Tensor | None", "float | None"], tuple[Tensor, ...]]
+
+
+def _causal_lm(model: Any) -> Any:
+    """The transformers causal language model inside any wrapper: DDP, FSDP, torch.compile, peft."""
+    for module in model.modules():
+        # Looked up on the type, because peft forwards attributes of the model that it wraps.
+        if hasattr(type(module), "get_output_embeddings") and module.get_output_embeddings() is not None:
+            return module
+    raise TypeError(
+        f"model must be or wrap a transformers causal language model, got {type(model).__name__}; with another model "
+        "call mask_tokens and linear_shifted_cross_entropy directly"
+    )
+
+
+_CHECKED_HEADS: WeakSet[nn.Module] = WeakSet()
+
+
+def _check_head(causal_lm: nn.Module, expected: Tensor, logits: Tensor) -> None:
+    """Once a model: its logits are those of the head alone. Some architectures scale or bias them elsewhere."""
+    difference = (logits[:, -1:].float() - expected.float()).abs().max()
+    if difference > 0.05 * logits.float().abs().max():
+        raise ValueError(
+            f"the logits of {type(causal_lm).__name__} are not its head's output (they differ by {difference:.3g}), so "
+            "the loss cannot be computed from its hidden states"
+        )
+    _CHECKED_HEADS.add(causal_lm)
+
+
+def forward_to_score(model: nn.Module, inputs: dict[str, object], score: Score) -> tuple[Tensor, ...]:
+    """Call ``model`` so that its forward returns score(hidden, weight, bias, softcap).
+
+    Two hooks, for this call alone. The decoder's scores inside the model's forward, where autocast is on and
+    the head's weight is whole (FSDP2 shards it outside). The model's replaces the output before a wrapper's own hooks
+    see it (prepend): DDP and FSDP2 arrange their backward by the tensors that the forward returns.
+    """
+    causal_lm = _causal_lm(model)
+    decoder, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"the head is a {type(head).__name__} of an adapter, whose weight is not all of it: leave it out of "
+            "target_modules, or train it whole by modules_to_save"
+        )
+    if causal_lm.config._attn_implementation != "diffullama":  # any other drops diffusion_mask without a word
+        raise ValueError(
+            f"the model's attention must be 'diffullama', got {causal_lm.config._attn_implementation!r}; "
+            "call diffullama_ext.integrations.prepare(model)"
+        )
+    softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
+    made: list[tuple[Tensor, ...]] = []
+    expected: list[Tensor] = []
+
+    def at_decoder(module: nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
+        hidden, bias = output[0], getattr(head, "bias", None)
+        made.append(score(hidden, head.weight, bias, softcap))
+        if causal_lm not in _CHECKED_HEADS:
+            logits = nn.functional.linear(hidden[:, -1:].detach(), head.weight.detach(), bias)
+            expected.append(softcap * torch.tanh(logits / softcap) if softcap else logits)
+
+    def at_model(module: nn.Module, args: object, output: Any) -> tuple[Tensor, ...]:
+        if not made:
+            raise ValueError(f"the forward of {type(causal_lm).__name__} does not call its {type(decoder).__name__}")
+        if expected:
+            _check_head(causal_lm, expected[0], output.logits)
+        return made[0]
+
+    handles = (decoder.register_forward_hook(at_decoder), causal_lm.register_forward_hook(at_model, prepend=True))
+    try:
+        return model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
