@@ -13,12 +13,13 @@ import diffullama_ext
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(diffullama_ext.__file__).parent
-BASE = {"_library", "_version", "checks"}
+BASE = {"_library", "_version", "checks", "output_folder"}
 # part -> the parts of the package it may import. BASE is open to every part but those that must stand alone.
 ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "_library": {"_C"},
     "checks": set(),
+    "output_folder": set(),
     "reference": set(),
     "schedules": set(),
     "ops": {"_library"},

@@ -55,7 +55,7 @@ def adapt(
     diffullama_ext.training.DiffusionTrainer.
     """
     from ..data import split_blocks
-    from ..demo.output_folder import is_free, written_at_once
+    from ..output_folder import is_free, written_at_once
 
     with checking_input():
         where = pick_device(device)

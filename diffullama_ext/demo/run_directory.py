@@ -14,7 +14,7 @@ import torch
 
 from .._library import build_info
 from .._version import __version__
-from .output_folder import is_free, written_at_once
+from ..output_folder import is_free, written_at_once
 from .pipeline import ADAPTED, DemoRun
 
 KIND = "diffullama demo"  # marks metrics.json: a folder with it may be replaced
