@@ -45,6 +45,33 @@ def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
         yield batch
 
 
+def check_length(length: int) -> None:
+    """A block holds a token and its target."""
+    if length < 2:
+        raise ValueError(f"length must be at least 2, got {length}")
+
+
+def tokenized(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool = False
+) -> Iterator[tuple[list[int], bool]]:
+    """(ids, whether a document ends with them) piece by piece; a document is closed by the end-of-text token.
+
+    ``bos`` opens each document with the tokenizer's bos token. ValueError where the tokenizer lacks such a token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer has no eos_token, which separates documents; set one")
+    if bos and tokenizer.bos_token_id is None:
+        raise ValueError("tokenizer has no bos_token, which bos=True puts before each document; set one")
+    starts = True
+    for batch in _batches(texts):
+        # verbose=False: no warning that a document is longer than the model's context; it is cut into blocks
+        rows = tokenizer([piece for piece, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        for row, (_, ends) in zip(rows, batch, strict=True):
+            head = [tokenizer.bos_token_id] if bos and starts else []
+            yield [*head, *row, *([tokenizer.eos_token_id] if ends else [])], ends
+            starts = ends
+
+
 def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     """Tokens of all texts, each document closed by the end-of-text token, cut into blocks.
 
@@ -61,20 +88,12 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) 
     Raises:
         ValueError: length below 2, a tokenizer without an end-of-text token, or fewer tokens than one block holds.
     """
-    if length < 2:
-        raise ValueError(f"length must be at least 2, got {length}")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer has no eos_token, which separates documents; set one")
+    check_length(length)
     tokens = array("i")
     n_texts = 0
-    for batch in _batches(texts):
-        # verbose=False: no warning that a document is longer than the model's context; it is cut into blocks
-        rows = tokenizer([piece for piece, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        for row, (_, ends) in zip(rows, batch, strict=True):
-            tokens.extend(row)
-            if ends:
-                tokens.append(tokenizer.eos_token_id)
-                n_texts += 1
+    for row, ends in tokenized(texts, tokenizer):
+        tokens.extend(row)
+        n_texts += ends
     n_blocks = len(tokens) // length
     if n_blocks == 0:
         raise ValueError(

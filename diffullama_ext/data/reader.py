@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
@@ -37,17 +38,45 @@ def read_texts(path: str | Path, *, column: str = "text") -> Iterator[str]:
         ValueError: nothing to read there, a file that is not what its name says, binary data, or no such column.
         OSError: a file that may not be read.
     """
+    return _read(_existing(path), column)
+
+
+def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of the JSON and Parquet files, or of the saved dataset, under ``path``; errors as of read_texts.
+
+    A file of plain text has no rows: ValueError.
+    """
+    path = _existing(path)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for file, kind in _sources(path):
+            if kind == "text":
+                raise ValueError(f"{file} has no rows: give .jsonl, .parquet or a saved dataset")
+            yield from _rows(file, kind)
+
+    return rows()
+
+
+def read_files(path: str | Path) -> list[Path]:
+    """Every file whose bytes decide what :func:`read_texts` gives, in its order."""
+    files: list[Path] = []
+    for source, _ in _sources(_existing(path)):
+        files += [source] if source.is_file() else sorted(file for file in source.rglob("*") if file.is_file())
+    return files
+
+
+def _existing(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    return _read(path, column)
+    return path
 
 
 def _read(path: Path, column: str) -> Iterator[str]:
     """Documents with more than white space in them; an error where there is none."""
     found = False
     for file, kind in _sources(path):
-        documents = _text(file) if kind == "text" else (_cell(row, column, file) for row in _rows(file, kind))
+        documents = _text(file) if kind == "text" else (text_cell(row, column, file) for row in _rows(file, kind))
         for document in documents:
             if document.strip():
                 found = True
@@ -92,7 +121,7 @@ def _text(path: Path) -> Iterator[str]:
     yield text
 
 
-def _rows(path: Path, kind: str) -> Iterator[dict[str, object]]:
+def _rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
@@ -111,7 +140,8 @@ def _rows(path: Path, kind: str) -> Iterator[dict[str, object]]:
         raise _unreadable(path, kind, error) from error
 
 
-def _cell(row: dict[str, object], column: str, path: Path) -> str:
+def text_cell(row: dict[str, Any], column: str, path: str | Path) -> str:
+    """The text of ``column``, "" where it is null; ValueError where there is none or it is something else."""
     if column not in row:
         raise ValueError(f"{path} has no column {column!r}; it has {', '.join(map(repr, row))}")
     value = row[column]

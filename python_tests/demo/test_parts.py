@@ -11,9 +11,9 @@ from torch import nn
 
 from diffullama_ext.data import Document, train_tokenizer
 from diffullama_ext.demo import DemoConfig, check_replaceable
-from diffullama_ext.output_folder import is_free, written_at_once
 from diffullama_ext.demo.samples import _snippets, _window
 from diffullama_ext.demo.training import Samples, fit, learning_rate_at
+from diffullama_ext.output_folder import is_free, written_at_once
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of one length over stored tokens, alone and in mixtures."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..checks import check_choice
+from .packing import check_length
+from .source import DataSource
+from .token_store import TokenStore, cached_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONTEXTS = ("overlap", "none")
+CACHE_DIR = "~/.cache/diffullama_ext"  # DIFFULLAMA_CACHE overrides it
+
+
+class BlockLayout:
+    """How a row of tokens is cut into examples of ``length`` tokens; the incomplete last one is dropped.
+
+    With the shift no logits row predicts position 0 of a block. ``context`` says what becomes of it:
+
+    - "overlap": a block starts with the last token of the one before, marked not maskable: it is context, and every
+      token of the data but the first is a target exactly once. Right with the shift.
+    - "none": blocks do not overlap. With the shift, 1/length of the tokens are noised and never scored (the released
+      DiffuLLaMA code); without it nothing is lost.
+
+    ``isolate_documents`` adds ``document_ids`` (0, 1, ... in each block); with "overlap" the first token of a document
+    is not maskable either, since no row of its own document predicts it: a bos token there makes that no loss.
+    """
+
+    def __init__(self, length: int, context: str = "overlap", isolate_documents: bool = False) -> None:
+        check_length(length)
+        check_choice("context", context, CONTEXTS)
+        self.length = length
+        self.context = context
+        self.isolate_documents = isolate_documents
+        self.stride = length - 1 if context == "overlap" else length
+
+    def count(self, n_tokens: int) -> int:
+        """Blocks that n_tokens make."""
+        return max(0, (n_tokens - (self.length - self.stride)) // self.stride)
+
+    def example(self, tokens: Tensor, document_ids: Tensor, starts: Tensor) -> dict[str, Tensor]:
+        """The example of one block.
+
+        Args:
+            tokens: [length] int64; document_ids: [length] int64, of any start; starts: [length] bool, first tokens of
+                documents.
+        """
+        example = {"input_ids": tokens}
+        if self.context == "overlap":
+            maskable = ~starts if self.isolate_documents else torch.ones_like(starts)
+            maskable[0] = False
+            example["maskable"] = maskable
+        if self.isolate_documents:
+            example["document_ids"] = document_ids - document_ids[0]
+        return example
+
+
+class StoredBlocks(Dataset[dict[str, Tensor]]):
+    """Blocks over a :class:`TokenStore`, read from disk as they are asked for.
+
+    An example holds ``input_ids`` int64 [length], and by the layout ``maskable`` bool [length] and ``document_ids``
+    int64 [length].
+
+    Raises:
+        ValueError: fewer tokens than one block needs.
+    """
+
+    def __init__(self, store: TokenStore, layout: BlockLayout, name: str = "the data") -> None:
+        self.store = store
+        self.layout = layout
+        self.size = layout.count(len(store.tokens))
+        if self.size == 0:
+            raise ValueError(
+                f"{name} is too short: {len(store.ends)} documents make {len(store.tokens)} tokens, one block needs "
+                f"{layout.length}"
+            )
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.size:
+            raise IndexError(f"block {index} of {self.size}")
+        start = index * self.layout.stride
+        place = np.arange(start, start + self.layout.length)
+        document = np.searchsorted(self.store.ends, place, side="right")
+        begins = np.where(document > 0, self.store.ends[np.maximum(document, 1) - 1], 0)
+        tokens = torch.from_numpy(self.store.tokens[place].astype(np.int64))
+        return self.layout.example(tokens, torch.from_numpy(document), torch.from_numpy(place == begins))
+
+
+class MixedBlocks(Dataset[dict[str, Tensor]]):
+    """Datasets in proportion to weights: of N examples, dataset d gives round(N w_d / sum w), each of its own in turn.
+
+    N is the least number at which every example of every dataset occurs; a dataset whose share exceeds its size is
+    repeated. The order is by dataset: a sampler shuffles.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float]) -> None:
+        if not datasets or len(datasets) != len(weights):
+            raise ValueError(f"datasets and weights must be as many, at least one, got {len(datasets)}, {len(weights)}")
+        if not all(weight > 0 for weight in weights):
+            raise ValueError(f"weights must be above 0, got {list(weights)}")
+        self.datasets = list(datasets)
+        self.sizes = [len(dataset) for dataset in datasets]  # type: ignore[arg-type]
+        scale = max(size / weight for size, weight in zip(self.sizes, weights, strict=True))
+        self.counts = [max(size, round(scale * weight)) for size, weight in zip(self.sizes, weights, strict=True)]
+        self.ends = list(accumulate(self.counts))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        part = bisect_right(self.ends, index)
+        within = index - (self.ends[part - 1] if part else 0)
+        return self.datasets[part][within % self.sizes[part]]
+
+
+def load_blocks(
+    sources: Sequence[DataSource],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    cache_dir: str | Path | None = None,
+    context: str = "overlap",
+    bos: bool = False,
+    isolate_documents: bool = False,
+) -> Dataset[dict[str, Tensor]]:
+    """Map-style training blocks of all sources, tokenised once into a cache and mapped from there.
+
+    Documents are joined with the end-of-text token and cut without regard to their borders, as in the pretraining of
+    the adapted models; blocks never mix sources.
+
+    Args:
+        sources: at least one; several are mixed by their weights (see :class:`MixedBlocks`).
+        tokenizer: with an ``eos_token_id``.
+        length: tokens of a block, at least 2.
+        cache_dir: None is $DIFFULLAMA_CACHE, or ~/.cache/diffullama_ext. The key is the content of data and tokenizer.
+        context, isolate_documents: see :class:`BlockLayout`.
+        bos: each document is opened by the tokenizer's bos token.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: of :func:`read_texts`; a source too short for a block; a damaged cache.
+    """
+    if not sources:
+        raise ValueError("sources must be at least one, got none")
+    layout = BlockLayout(length, context, isolate_documents)
+    where = cache_dir or os.environ.get("DIFFULLAMA_CACHE") or CACHE_DIR
+    stores = [cached_store(source, tokenizer, where, bos=bos) for source in sources]
+    parts = [StoredBlocks(store, layout, source.path) for store, source in zip(stores, sources, strict=True)]
+    return parts[0] if len(parts) == 1 else MixedBlocks(parts, [source.weight for source in sources])
