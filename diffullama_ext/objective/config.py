@@ -44,10 +44,10 @@ class ObjectiveConfig:
             near it, geometrically in their distance, with parameter ``cart_p``.
         cart_p: in (0, 1).
         exact_count: of n maskable tokens exactly ceil(t n) are masked, and t becomes that share (LLaDA's likelihood);
-            otherwise each is masked with probability t.
-        views: noised copies of a sample, made from one draw. "single"; "nested": two, at two independent levels, the
-            masked tokens of the first among those of the second; "complementary": two, at t and 1 - t, each token
-            masked in exactly one. Both count in loss and normaliser: the loss is their mean.
+            otherwise each is masked with probability t. With blocks, of each block.
+        views: noised copies of a sample, made from one draw. "single"; "nested": two, at two independent levels (of
+            which strata bind one), the noised tokens of the first among those of the second; "complementary": two, at t
+            and 1 - t, each token masked in exactly one. Both count in loss and normaliser: the loss is their mean.
         noise: "mask", or "mix" (BARD): some tokens become random ones instead of the mask.
         vocab_size: random tokens are below it; "mix" needs it.
         block_length: None is diffusion over the whole sequence; otherwise blocks of so many tokens, each noised at its
@@ -128,6 +128,8 @@ class ObjectiveConfig:
         check_range("distill_weight", self.distill_weight, 0.0, math.inf)
         check_int("distill_top_k", self.distill_top_k, 1, 2**31 - 1)
         check_range("distill_temperature", self.distill_temperature, 0.0, math.inf, low_open=True)
+        if self.teacher_shift and not self.shift:
+            raise ValueError("teacher_shift must be False without shift: none of its rows predicts the first token")
 
     @classmethod
     def recipe(cls, name: str, *, mask_id: int, **changes: Any) -> ObjectiveConfig:

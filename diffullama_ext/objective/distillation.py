@@ -16,6 +16,7 @@ class TeacherTopK(NamedTuple):
 
     ids: Tensor  # [N, K] int64
     probs: Tensor  # [N, K] float32, renormalised to 1 over the K
+    vocab: int  # ids lie below it
 
 
 def _chunk_rows(vocab: int) -> int:
@@ -37,8 +38,8 @@ def teacher_top_k(
     top_k: int,
     temperature: float,
     forbid: int,
-) -> TeacherTopK:
-    """The teacher's ``top_k`` tokens and softmax(logits / temperature) over them alone.
+) -> tuple[Tensor, Tensor]:
+    """Ids [N, K] int64 of the teacher's ``top_k`` tokens, and softmax(logits / temperature) over them alone, float32.
 
     Args:
         rows: [N, H] hidden states; weight: [V, H] of the head; bias: [V] or None.
@@ -60,8 +61,8 @@ def teacher_top_k(
         ids.append(best.indices)
     if not values:
         empty = rows.new_empty((0, top_k), dtype=torch.float32)
-        return TeacherTopK(empty.long(), empty)
-    return TeacherTopK(torch.cat(ids), torch.softmax(torch.cat(values) / temperature, dim=1))
+        return empty.long(), empty
+    return torch.cat(ids), torch.softmax(torch.cat(values) / temperature, dim=1)
 
 
 def top_k_divergence(
@@ -85,6 +86,10 @@ def top_k_divergence(
 
     Source: the truncated forward KL of BARD (2604.16514), released code; 1/temperature scales the logits of both sides.
     """
+    if teacher.vocab > weight.shape[0]:
+        raise ValueError(
+            f"the teacher's vocabulary has {teacher.vocab} ids, the student's {weight.shape[0]}: they must be one"
+        )
     if torch.is_autocast_enabled(rows.device.type):
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, weight = rows.to(dtype), weight.to(dtype)

@@ -195,6 +195,7 @@ class DiffusionObjective:
         if attention_mask is not None:
             check_tensor("attention_mask", attention_mask, (torch.bool, torch.int64), shape, x0.device)
             predicted &= attention_mask.bool()
+            maskable = maskable & attention_mask.bool()
         if self.config.shift:
             predicted[:, 1:] &= predicted[:, :-1].clone()
             predicted[:, :1] = False
@@ -288,9 +289,11 @@ class DiffusionObjective:
         if block_length is not None and config.teacher_block_length is not None:
             block_length = config.teacher_block_length
         streams = self._streams(batch, how._replace(ratio=1.0), block_length, shift)
+        vocab: list[int] = []
 
         def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> tuple[Tensor, ...]:
             rows = _rows_of(batch.scored, hidden, streams, shift)
+            vocab.append(weight.shape[0])
             return teacher_top_k(
                 rows,
                 weight,
@@ -303,7 +306,8 @@ class DiffusionObjective:
 
         assert self.teacher is not None
         with torch.no_grad():
-            return TeacherTopK(*forward_to_score(self.teacher, streams.inputs, score))
+            ids, probs = forward_to_score(self.teacher, streams.inputs, score)
+        return TeacherTopK(ids, probs, vocab[0])
 
     def _divergence(
         self,

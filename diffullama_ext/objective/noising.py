@@ -76,7 +76,7 @@ def _levels(draw: _Draw, t: Tensor | None) -> tuple[Tensor, ...]:
                 draw.seed,
                 t_min=config.t_min,
                 t_max=config.t_max,
-                strata=config.strata,
+                strata=0 if lane else config.strata,  # in one stratum both would be nearly one level
                 antithetic=config.antithetic,
                 n_blocks=n_blocks,
                 lane=lane,
@@ -177,6 +177,8 @@ def token_weight(config: ObjectiveConfig, noised: Noised, real: Tensor) -> Tenso
     if config.loss_weight == "cart":
         return context_weight(real & ~noised.noised, config.cart_p)
     weight = LinearNoise().loss_weight(noised.p).masked_fill(noised.p == 0, 0.0)  # p = 0 noises nothing
+    if config.views == "complementary":
+        weight = weight * (1 + (noised.p == 1))  # the complement is empty: without it this view stands for both
     return weight.expand(noised.xt.shape)
 
 
