@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to examples: files and datasets, tokenised, packed or paired; and the corpus that every CPython carries."""
 
-from .blocks import BlockLayout, MixedBlocks, StoredBlocks, load_blocks
+from .blocks import BlockLayout, MixedBlocks, StoredBlocks, load_blocks, load_train_and_heldout
 from .corpus import Corpus, Document, python_corpus
 from .packing import TokenBlocks, pack, split_blocks
 from .reader import read_rows, read_texts
@@ -26,6 +26,7 @@ __all__ = [
     "cached_store",
     "load_blocks",
     "load_sft",
+    "load_train_and_heldout",
     "open_store",
     "pack",
     "python_corpus",

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from ..checks import check_choice
 from .packing import check_length
-from .source import DataSource
+from .source import DataSource, check_sources
 from .token_store import TokenStore, cached_store
 
 if TYPE_CHECKING:
@@ -53,20 +53,15 @@ class BlockLayout:
         """Blocks that n_tokens make."""
         return max(0, (n_tokens - (self.length - self.stride)) // self.stride)
 
-    def example(self, tokens: Tensor, document_ids: Tensor, starts: Tensor) -> dict[str, Tensor]:
-        """The example of one block.
-
-        Args:
-            tokens: [length] int64; document_ids: [length] int64, of any start; starts: [length] bool, first tokens of
-                documents.
-        """
+    def example(self, tokens: Tensor, starts: Tensor) -> dict[str, Tensor]:
+        """The example of one block: tokens [length] int64, starts [length] bool, True at first tokens of documents."""
         example = {"input_ids": tokens}
         if self.context == "overlap":
             maskable = ~starts if self.isolate_documents else torch.ones_like(starts)
             maskable[0] = False
             example["maskable"] = maskable
         if self.isolate_documents:
-            example["document_ids"] = document_ids - document_ids[0]
+            example["document_ids"] = starts.long().cumsum(dim=0) - starts[0].long()
         return example
 
 
@@ -97,11 +92,14 @@ class StoredBlocks(Dataset[dict[str, Tensor]]):
         if not 0 <= index < self.size:
             raise IndexError(f"block {index} of {self.size}")
         start = index * self.layout.stride
-        place = np.arange(start, start + self.layout.length)
-        document = np.searchsorted(self.store.ends, place, side="right")
-        begins = np.where(document > 0, self.store.ends[np.maximum(document, 1) - 1], 0)
-        tokens = torch.from_numpy(self.store.tokens[place].astype(np.int64))
-        return self.layout.example(tokens, torch.from_numpy(document), torch.from_numpy(place == begins))
+        stop = start + self.layout.length
+        tokens = torch.from_numpy(self.store.tokens[start:stop].astype(np.int64))
+        first, last = np.searchsorted(self.store.ends, [start, stop])
+        begins = self.store.ends[first:last] - start  # in the block; 0 where its first token begins a document
+        starts = torch.zeros(self.layout.length, dtype=torch.bool)
+        starts[torch.from_numpy(begins[begins < self.layout.length])] = True
+        starts[0] |= start == 0
+        return self.layout.example(tokens, starts)
 
 
 class MixedBlocks(Dataset[dict[str, Tensor]]):
@@ -159,10 +157,51 @@ def load_blocks(
     Raises:
         FileNotFoundError, OSError, ValueError: of :func:`read_texts`; a source too short for a block; a damaged cache.
     """
-    if not sources:
-        raise ValueError("sources must be at least one, got none")
-    layout = BlockLayout(length, context, isolate_documents)
+    parts = _stored_parts(sources, tokenizer, BlockLayout(length, context, isolate_documents), cache_dir, bos)
+    return mixed(parts, sources)
+
+
+def load_train_and_heldout(
+    sources: Sequence[DataSource],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    heldout: float,
+    cache_dir: str | Path | None = None,
+    context: str = "overlap",
+    bos: bool = False,
+    isolate_documents: bool = False,
+) -> tuple[Dataset[dict[str, Tensor]], Dataset[dict[str, Tensor]]]:
+    """(training blocks, held-out blocks): the last ``heldout`` share of each source's, at least one on either side.
+
+    Both are mixed by the sources' weights. The rest as :func:`load_blocks`; ValueError also for a share outside (0, 1)
+    or a source of a single block.
+    """
+    if not 0.0 < heldout < 1.0:
+        raise ValueError(f"heldout must be in (0, 1), got {heldout!r}")
+    parts = _stored_parts(sources, tokenizer, BlockLayout(length, context, isolate_documents), cache_dir, bos)
+    for part, source in zip(parts, sources, strict=True):
+        if len(part) < 2:
+            raise ValueError(f"{source.path} is too short: 1 block of {length} tokens cannot be split")
+    cuts = [len(part) - min(max(1, round(heldout * len(part))), len(part) - 1) for part in parts]
+    train = [Subset(part, range(cut)) for part, cut in zip(parts, cuts, strict=True)]
+    held = [Subset(part, range(cut, len(part))) for part, cut in zip(parts, cuts, strict=True)]
+    return mixed(train, sources), mixed(held, sources)
+
+
+def _stored_parts(
+    sources: Sequence[DataSource],
+    tokenizer: PreTrainedTokenizerBase,
+    layout: BlockLayout,
+    cache_dir: str | Path | None,
+    bos: bool,
+) -> list[StoredBlocks]:
+    check_sources(sources)
     where = cache_dir or os.environ.get("DIFFULLAMA_CACHE") or CACHE_DIR
     stores = [cached_store(source, tokenizer, where, bos=bos) for source in sources]
-    parts = [StoredBlocks(store, layout, source.path) for store, source in zip(stores, sources, strict=True)]
+    return [StoredBlocks(store, layout, source.path) for store, source in zip(stores, sources, strict=True)]
+
+
+def mixed(parts: Sequence[Dataset[dict[str, Tensor]]], sources: Sequence[DataSource]) -> Dataset[dict[str, Tensor]]:
+    """The parts by their sources' weights; one alone is itself."""
     return parts[0] if len(parts) == 1 else MixedBlocks(parts, [source.weight for source in sources])

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..checks import check_choice
-from .blocks import MixedBlocks
+from .blocks import mixed
 from .packing import check_length
-from .source import DataSource
+from .source import DataSource, check_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,8 +91,7 @@ def load_sft(
     """
     check_length(length)
     check_choice("padding", padding, PADDINGS)
-    if not sources:
-        raise ValueError("sources must be at least one, got none")
+    check_sources(sources)
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer has no eos_token, which ends a response; set one")
     columns = columns or SftColumns()
@@ -112,7 +111,7 @@ def load_sft(
                 stacklevel=2,
             )
         parts.append(part)
-    return parts[0] if len(parts) == 1 else MixedBlocks(parts, [source.weight for source in sources])
+    return mixed(parts, sources)
 
 
 def _pair(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,3 +78,9 @@ class DataSource:
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())
             raise FileNotFoundError(f"no file, folder or dataset of the Hub {self.path!r}: {reason}") from error
+
+
+def check_sources(sources: Sequence[DataSource]) -> None:
+    """At least one."""
+    if not sources:
+        raise ValueError("sources must be at least one, got none")

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .blocks import BlockLayout
 from .packing import tokenized
-from .source import DataSource
+from .source import DataSource, check_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,21 +69,20 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
             yield example
 
     def _blocks(self, source: DataSource) -> Iterator[dict[str, Tensor]]:
-        layout, document, starts_document = self.layout, 0, True
-        kept = torch.empty((3, 0), dtype=torch.int64)  # ids, document, whether a document starts
+        layout, starts_document = self.layout, True
+        kept = torch.empty((2, 0), dtype=torch.int64)  # ids, whether a document starts
         for ids, ends in tokenized(source.texts(streaming=True), self.tokenizer, bos=self.bos):
             if not ids:
                 continue
             starts = torch.zeros(len(ids), dtype=torch.int64)
             starts[0] = starts_document
-            new = torch.stack([torch.tensor(ids), torch.full((len(ids),), document), starts])
-            row = torch.cat([kept, new], dim=1)
+            row = torch.cat([kept, torch.stack([torch.tensor(ids), starts])], dim=1)
             n_blocks = layout.count(row.shape[1])
             for start in range(0, n_blocks * layout.stride, layout.stride):
                 block = row[:, start : start + layout.length]
-                yield layout.example(block[0].clone(), block[1].clone(), block[2].bool())
+                yield layout.example(block[0].clone(), block[1].bool())
             kept = row[:, n_blocks * layout.stride :]
-            document, starts_document = document + ends, ends
+            starts_document = ends
 
 
 def stream_blocks(
@@ -105,8 +104,7 @@ def stream_blocks(
     Raises:
         As :func:`load_blocks`, while iterating; a missing path or source at once.
     """
-    if not sources:
-        raise ValueError("sources must be at least one, got none")
+    check_sources(sources)
     for source in sources:
         source.texts(streaming=True)  # a missing path shows here
     return StreamedBlocks(sources, tokenizer, BlockLayout(length, context, isolate_documents), bos, seed)

@@ -21,6 +21,7 @@ from diffullama_ext.data import (
     TokenBlocks,
     TokenStore,
     load_blocks,
+    load_train_and_heldout,
     open_store,
     stream_blocks,
     token_store,
@@ -286,6 +287,26 @@ def test_workers_share_a_stream(folder, tokenizer):
     shared = [(example["sample_index"], example["input_ids"].tolist()) for example in loader]
     assert len(shared) == len(alone)
     assert dict(shared) == alone
+
+
+def test_each_source_holds_out_its_end(folder, tmp_path, tokenizer):
+    (tmp_path / "code.txt").write_text("d\n" * 300)
+    sources = [DataSource(folder, weight=0.6), DataSource(tmp_path / "code.txt", weight=0.4)]
+    options = {"cache_dir": tmp_path / "cache", "context": "none"}
+    train, held = load_train_and_heldout(sources, tokenizer, 5, heldout=0.2, **options)
+    for part in range(2):
+        every_block = every(load_blocks([sources[part]], tokenizer, 5, **options))
+        n_held = round(0.2 * len(every_block))
+        assert as_lists(train.datasets[part]) == every_block[:-n_held]
+        assert as_lists(held.datasets[part]) == every_block[-n_held:]
+    one, rest = load_train_and_heldout(sources[:1], tokenizer, 5, heldout=0.999, **options)
+    assert len(one) == 1
+    assert len(rest) > 1
+    for share in (0.0, 1.0, -1):
+        with pytest.raises(ValueError, match=r"heldout must be in \(0, 1\), got"):
+            load_train_and_heldout(sources, tokenizer, 5, heldout=share, **options)
+    with pytest.raises(ValueError, match=r"is too short: 1 block of 40 tokens cannot be split"):
+        load_train_and_heldout(sources[:1], tokenizer, 40, heldout=0.5, **options)
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------------
