@@ -20,7 +20,7 @@ from ..functional.random import index_tensor
 from ..functional.shifted_cross_entropy import normalized, sequence_weight
 from .config import ObjectiveConfig
 from .distillation import TeacherTopK, teacher_top_k, top_k_divergence
-from .model_forward import Score, forward_to_score
+from .model_forward import Score, check_ids, forward_to_score
 from .noising import noise, token_weight
 from .streams import Attending, Streams, one_stream, two_streams
 
@@ -134,6 +134,7 @@ class DiffusionObjective:
             t: float32 noise levels in (0, 1], [B] or [B, blocks] (both views' for "nested"); None draws them.
             normalizer: a name, or the denominator itself (its sum over ranks and micro-batches); None: the config's.
         """
+        check_ids(model, self.config)
         block_length = self._block_length(step)
         given = (x0, maskable, attention_mask, document_ids)
         batch = self._noise(*given, seed, sample_index, t, block_length)

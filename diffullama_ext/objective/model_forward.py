@@ -10,6 +10,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from .config import ObjectiveConfig
+
 # (hidden [B, L, H], head's weight [V, H], its bias [V] or None, softcap or None) -> tensors
 Score = Callable[[Tensor, Tensor, "Tensor | None", "float | None"], tuple[Tensor, ...]]
 
@@ -24,6 +26,19 @@ def _causal_lm(model: Any) -> Any:
         f"model must be or wrap a transformers causal language model, got {type(model).__name__}; with another model "
         "call mask_tokens and linear_shifted_cross_entropy directly"
     )
+
+
+def check_ids(model: nn.Module, config: ObjectiveConfig) -> None:
+    """ValueError where the noise writes ids that the model has no embedding for."""
+    weight = getattr(_causal_lm(model).get_input_embeddings(), "weight", None)
+    if weight is None:  # an adapter's, of another form
+        return
+    for name, highest in (("mask_id", config.mask_id), ("vocab_size", (config.vocab_size or 1) - 1)):
+        if highest >= weight.shape[0]:
+            raise ValueError(
+                f"{name} must be within the model's {weight.shape[0]} embeddings, got {getattr(config, name)}; resize "
+                "them, or let diffullama_ext.integrations.adapt add the mask token"
+            )
 
 
 _CHECKED_HEADS: WeakSet[nn.Module] = WeakSet()

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, OPTC
 
 from diffullama_ext import mask_tokens
 from diffullama_ext.integrations import adapt
+from diffullama_ext.objective import DiffusionObjective, ObjectiveConfig
 
 PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # of transformers, by peft
 
@@ -238,6 +239,13 @@ def test_attention_that_would_ignore_the_mask_is_refused() -> None:
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match=r"attention must be 'diffullama', got 'sdpa'; call .*prepare"):
         objective()(model, tokens(), **CALL)
+
+
+def test_ids_without_an_embedding_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"mask_id must be within the model's 61 embeddings, got 61; resize them"):
+        DiffusionObjective(ObjectiveConfig(VOCAB))(adapted(), tokens(), **CALL)
+    with pytest.raises(ValueError, match="vocab_size must be within the model's 61 embeddings, got 62"):
+        objective(noise="mix", vocab_size=VOCAB + 1)(adapted(), tokens(), **CALL)
 
 
 def test_other_models_are_refused() -> None:

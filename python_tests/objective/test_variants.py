@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every variant of the objective against its formula in loops, and what holds for all of them."""
 
+import math
 from typing import Any
 
 import oracles
@@ -127,6 +128,22 @@ def test_exact_counts_are_exact() -> None:
     assert torch.equal(counts, torch.ceil(noised.t.double() * length).long())
     share = torch.bincount(counts, minlength=length + 1)[1:] / n  # uniform over 1..L, as LLaDA's likelihood draws it
     assert (share - 1 / length).abs().max() < 5 * (1 / length / n) ** 0.5
+
+
+@pytest.mark.parametrize("t", [0.05, 0.5, 1.0])
+def test_mixed_noise_has_its_rates_and_draws_every_token_but_the_mask(t: float) -> None:
+    config = ObjectiveConfig(MASK_ID, noise="mix", vocab_size=11)
+    n, length = 500, 400
+    x0 = torch.full((n, length), 3)
+    noised = noise(config, x0, torch.ones_like(x0, dtype=torch.bool), SEED, torch.arange(n), torch.full((n,), t), None)
+    phi = math.pi / 2 * t
+    to_random = math.sin(phi) + math.cos(phi) - 1
+    expected = {MASK_ID: 1 - math.cos(phi)} | {i: to_random / 10 for i in range(11) if i != MASK_ID}
+    expected[3] += 1 - math.sin(phi)
+    for token, p in expected.items():
+        share = (noised.xt == token).double().mean().item()
+        assert abs(share - p) <= 5 * (p * (1 - p) / x0.numel()) ** 0.5 + 1e-9
+    assert torch.equal(noised.noised, noised.xt != 3)
 
 
 # --- invariants of all ------------------------------------------------------------------------------------------------
