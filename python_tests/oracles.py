@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MASK32 = 0xFFFFFFFF
-TAG_NOISE, TAG_ATTENTION_MASK, TAG_TOKEN, TAG_UNMASK, TAG_TIME, TAG_REPLACEMENT = 1, 2, 3, 4, 5, 6
+TAG_NOISE, TAG_ATTENTION_MASK, TAG_TOKEN, TAG_UNMASK, TAG_TIME, TAG_REPLACEMENT, TAG_CHOICE = 1, 2, 3, 4, 5, 6, 7
 
 # --- random words ----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,15 @@
 namespace diffullama {
 
 // Third counter word: keeps the streams of two ops with the same seed apart. Mirrored in reference/philox.py.
-enum class Tag : uint32_t { kNoise = 1, kAttentionMask = 2, kToken = 3, kUnmask = 4, kTime = 5, kReplacement = 6 };
+enum class Tag : uint32_t {
+  kNoise = 1,
+  kAttentionMask = 2,
+  kToken = 3,
+  kUnmask = 4,
+  kTime = 5,
+  kReplacement = 6,
+  kChoice = 7,
+};
 
 struct Words4 {
   uint32_t w[4];

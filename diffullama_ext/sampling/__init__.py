@@ -1,29 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling by unmasking: :func:`generate` and :func:`infill` with an adapted model, :func:`fill` with any denoiser."""
 
-from .generate import ModelDenoiser, SampleOutput, generate
+from .chat import ChatOutput, chat
+from .denoisers import Denoiser, Guided, ModelDenoiser, RowDenoiser
+from .generate import SampleOutput, generate
 from .infill import InfillOutput, infill, parse_spans
-from .loop import Denoiser, Filled, StepHook, fill
-from .policies import POLICIES, ConfidencePolicy, Policy, RandomPolicy, ThresholdPolicy, make_policy
-from .state import Decision, State
+from .logits_hooks import Forbidden, Forced, LogitsHook
+from .loop import Filled, StepHook, fill
+from .policies import (
+    POLICIES,
+    ConfidencePolicy,
+    Policy,
+    RandomPolicy,
+    ThresholdPolicy,
+    make_policy,
+    policy_parameters,
+    register,
+)
+from .state import Decision, Scored, State
 
 __all__ = [
     "POLICIES",
+    "ChatOutput",
     "ConfidencePolicy",
     "Decision",
     "Denoiser",
     "Filled",
+    "Forbidden",
+    "Forced",
+    "Guided",
     "InfillOutput",
+    "LogitsHook",
     "ModelDenoiser",
     "Policy",
     "RandomPolicy",
+    "RowDenoiser",
     "SampleOutput",
+    "Scored",
     "State",
     "StepHook",
     "ThresholdPolicy",
+    "chat",
     "fill",
     "generate",
     "infill",
     "make_policy",
     "parse_spans",
+    "policy_parameters",
+    "register",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the denoiser's logits to statistics of positions: the shift, the random keys, and which rows are read."""
+"""From logits of positions to their statistics: the random keys, and where each row belongs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import check_range
 from ..functional import TokenStats, token_stats
-from .state import State, check_count
+from .state import Scored, State, check_count
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,9 @@ class PositionStats:
     """Draws a token at every position asked for, with the statistics of its distribution.
 
     Attributes:
-        shift: position j is scored by logits row j - 1 instead of j.
         temperature, top_k, top_p: of the draw, see :func:`diffullama_ext.token_stats`.
     """
 
-    shift: bool
     temperature: float
     top_k: int | None
     top_p: float
@@ -34,31 +32,22 @@ class PositionStats:
         if self.top_k is not None:
             check_count("top_k", self.top_k)
 
-    def __call__(self, logits: Tensor, rows: Tensor, state: State, *, gather: bool) -> TokenStats:
+    def __call__(self, scored: Scored, rows: Tensor, state: State) -> TokenStats:
         """Statistics of the positions ``rows`` (bool [B, L]), each field [B, L]; token -1 and NaN elsewhere.
 
-        Args:
-            logits: float [B, L, V].
-            gather: read only the logits rows asked for, which makes the host wait for their number; otherwise read all,
-                which costs a GPU less than the wait.
+        ``scored`` stays in the state, for policies and traces that want whole distributions.
         """
-        batch, length, vocab = logits.shape
-        flat = logits.reshape(batch * length, vocab)
-        shift = int(self.shift)
+        state.scored = scored
+        batch, length = rows.shape
         # The key of a draw is (sample, position): the same in any batch and behind any padding.
         key = (state.sample_index[:, None] << 32) + torch.arange(length, device=rows.device)
-        key, current, rows = key.flatten(), state.xt.flatten(), rows.flatten()
-        if gather:
-            at = rows.nonzero().squeeze(1)
-            stats = self._draw(flat[at - shift], key[at], current[at], state)
-            token = current.new_full((batch * length,), -1).index_copy(0, at, stats.token)
-            values = torch.stack(stats[1:])
-            values = values.new_full((len(values), batch * length), torch.nan).index_copy(1, at, values)
-        else:
-            # With a shift the last logits row of a sample meets the next one's position 0, which is never asked for.
-            stats = self._draw(flat, key.roll(-shift), current.roll(-shift), state)
-            token = torch.where(rows, stats.token.roll(shift), -1)
-            values = torch.where(rows, torch.stack(stats[1:]).roll(shift, 1), torch.nan)
+        current = state.xt.flatten()
+        stats = self._draw(scored.logits, key.flatten()[scored.at], current[scored.at], state)
+        token = torch.full_like(current, -1).index_copy(0, scored.at, stats.token)
+        values = torch.stack(stats[1:])
+        values = values.new_full((len(values), batch * length), torch.nan).index_copy(1, scored.at, values)
+        asked = rows.flatten()
+        token, values = torch.where(asked, token, -1), torch.where(asked, values, torch.nan)
         return TokenStats(token.view(batch, length), *values.view(-1, batch, length))
 
     def _draw(self, logits: Tensor, row_index: Tensor, current: Tensor, state: State) -> TokenStats:

@@ -89,14 +89,19 @@ def test_threshold_on_the_host(p: float, host: ModuleType) -> None:
 def test_tags_keep_ops_apart() -> None:
     """Two ops with one seed draw from disjoint counters."""
     tags = [value for name, value in vars(philox).items() if name.startswith("TAG_")]
-    assert len(set(tags)) == len(tags) == 5
-    assert sorted(tags) == [
-        oracles.TAG_NOISE,
-        oracles.TAG_ATTENTION_MASK,
-        oracles.TAG_TOKEN,
-        oracles.TAG_UNMASK,
-        oracles.TAG_TIME,
-    ]
+    assert (
+        sorted(tags)
+        == sorted(set(tags))
+        == [
+            oracles.TAG_NOISE,
+            oracles.TAG_ATTENTION_MASK,
+            oracles.TAG_TOKEN,
+            oracles.TAG_UNMASK,
+            oracles.TAG_TIME,
+            oracles.TAG_REPLACEMENT,
+            oracles.TAG_CHOICE,
+        ]
+    )
 
 
 def test_words_are_uniform() -> None:
