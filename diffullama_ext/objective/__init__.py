@@ -5,7 +5,7 @@
 """
 
 from .config import RECIPES, ObjectiveConfig
-from .loss import DiffusionObjective, ObjectiveOutput
+from .loss import DiffusionObjective, NoisedBatch, ObjectiveOutput
 from .time import draw_t
 
-__all__ = ["RECIPES", "DiffusionObjective", "ObjectiveConfig", "ObjectiveOutput", "draw_t"]
+__all__ = ["RECIPES", "DiffusionObjective", "NoisedBatch", "ObjectiveConfig", "ObjectiveOutput", "draw_t"]

@@ -34,18 +34,18 @@ class ObjectiveOutput(NamedTuple):
     t: Tensor  # [N] or [N, blocks] float32
 
 
-class _Batch(NamedTuple):
-    """A noised batch and what of it is scored."""
+class NoisedBatch(NamedTuple):
+    """A noised batch and what of it is scored; N = B, or 2 B with two views."""
 
     x0: Tensor  # [N, L] int64
     xt: Tensor  # [N, L] int64
     scored: Tensor  # [N, L] bool, noised tokens that a logits row predicts
     scorable: Tensor  # [N, L] bool, tokens that could have been scored
-    weight: Tensor  # [N, L] float32
+    loss_weight: Tensor  # [N, L] float32
     t: Tensor  # [N] or [N, blocks] float32
 
 
-def _counts_for_host(batch: _Batch) -> Callable[[], tuple[int | None, bool]]:
+def _counts_for_host(batch: NoisedBatch) -> Callable[[], tuple[int | None, bool]]:
     """Start bringing two facts to the host; the result reads them.
 
     They are the number of scored tokens, None where the op may ask itself, and whether no token could be scored. On
@@ -136,8 +136,16 @@ class DiffusionObjective:
         """
         check_ids(model, self.config)
         block_length = self._block_length(step)
-        given = (x0, maskable, attention_mask, document_ids)
-        batch = self._noise(*given, seed, sample_index, t, block_length)
+        batch = self.noise(
+            x0,
+            maskable=maskable,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            seed=seed,
+            step=step,
+            sample_index=sample_index,
+            t=t,
+        )
         counts = _counts_for_host(batch)
         how = Attending(attention_mask, document_ids, attn_mask_ratio, seed, step)
         streams = self._streams(batch, how, block_length, self.config.shift)
@@ -167,11 +175,20 @@ class DiffusionObjective:
         n_views = self.config.n_views
         if self.config.normalizer in ("sequence", "batch"):
             return torch.full((), n_views * x0.shape[0], device=x0.device)
-        given = (x0, maskable, attention_mask, document_ids)
-        if self.config.normalizer == "masked":
-            return self._noise(*given, seed, sample_index, t, self._block_length(step)).scored.sum()
-        maskable, predicted = self._targets(*given)
-        return n_views * (maskable & predicted).sum()
+        if self.config.normalizer == "tokens":
+            maskable, predicted = self._targets(x0, maskable, attention_mask, document_ids)
+            return n_views * (maskable & predicted).sum()
+        batch = self.noise(
+            x0,
+            maskable=maskable,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            seed=seed,
+            step=step,
+            sample_index=sample_index,
+            t=t,
+        )
+        return batch.scored.sum()
 
     # --- noise --------------------------------------------------------------------------------------------------------
 
@@ -210,37 +227,44 @@ class DiffusionObjective:
                 predicted[:, 1:] &= document_ids[:, 1:] == document_ids[:, :-1]
         return maskable, predicted
 
-    def _noise(
+    def noise(
         self,
         x0: Tensor,
-        maskable: Tensor | None,
-        attention_mask: Tensor | None,
-        document_ids: Tensor | None,
+        *,
+        maskable: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
         seed: int | Tensor,
-        sample_index: Tensor | None,
-        t: Tensor | None,
-        block_length: int | None,
-    ) -> _Batch:
+        step: int | Tensor = 0,
+        sample_index: Tensor | None = None,
+        t: Tensor | None = None,
+    ) -> NoisedBatch:
+        """What a call with these arguments noises and scores, for a loop with a model or loss of its own.
+
+        With ``linear_shifted_cross_entropy(hidden, weight, batch.x0, batch.scored, loss_weight=batch.loss_weight,
+        maskable=batch.scorable, shift=config.shift, normalizer=config.normalizer)`` it gives the objective's loss (but
+        for blocks, whose rows are in two streams).
+        """
         config = self.config
         maskable, predicted = self._targets(x0, maskable, attention_mask, document_ids)
         sample_index = index_tensor("sample_index", sample_index, x0.shape[0], x0.device)
-        noised = noise(config, x0, maskable, seed, sample_index, t, block_length)
+        noised = noise(config, x0, maskable, seed, sample_index, t, self._block_length(step))
         real = torch.ones_like(maskable) if attention_mask is None else attention_mask.bool()
         x0, maskable, predicted, real = (x.repeat(config.n_views, 1) for x in (x0, maskable, predicted, real))
         scored = noised.xt == config.mask_id if config.loss_mask == "equality" else noised.noised
-        weight = token_weight(config, noised, real)
-        return _Batch(x0, noised.xt, scored & predicted, maskable & predicted, weight, noised.t)
+        loss_weight = token_weight(config, noised, real)
+        return NoisedBatch(x0, noised.xt, scored & predicted, maskable & predicted, loss_weight, noised.t)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def _streams(self, batch: _Batch, how: Attending, block_length: int | None, shift: bool) -> Streams:
+    def _streams(self, batch: NoisedBatch, how: Attending, block_length: int | None, shift: bool) -> Streams:
         if block_length is None:
             return one_stream(batch.xt, how)
         return two_streams(batch.xt, batch.x0, how, block_length, shift)
 
     def _score(
         self,
-        batch: _Batch,
+        batch: NoisedBatch,
         streams: Streams,
         counts: Callable[[], tuple[int | None, bool]],
         teacher: TeacherTopK | None,
@@ -257,7 +281,7 @@ class DiffusionObjective:
                 weight,
                 batch.x0,
                 batch.scored,
-                loss_weight=batch.weight,
+                loss_weight=batch.loss_weight,
                 bias=bias,
                 maskable=batch.scorable,
                 shift=shift,
@@ -283,7 +307,7 @@ class DiffusionObjective:
 
     # --- distillation -------------------------------------------------------------------------------------------------
 
-    def _teach(self, batch: _Batch, how: Attending, block_length: int | None) -> TeacherTopK:
+    def _teach(self, batch: NoisedBatch, how: Attending, block_length: int | None) -> TeacherTopK:
         """The teacher on the same noised tokens, bidirectional, at the scored tokens in row-major order."""
         config = self.config
         shift = config.shift if config.teacher_shift is None else config.teacher_shift
@@ -312,7 +336,7 @@ class DiffusionObjective:
 
     def _divergence(
         self,
-        batch: _Batch,
+        batch: NoisedBatch,
         streams: Streams,
         teacher: TeacherTopK,
         normalizer: str | float | Tensor,
@@ -321,7 +345,7 @@ class DiffusionObjective:
         """The sum over scored tokens, unweighted but for what the normaliser "sequence" asks."""
         hidden, weight, bias, softcap = head
         shift = self.config.shift
-        row_weight = torch.ones_like(batch.weight)
+        row_weight = torch.ones_like(batch.loss_weight)
         if isinstance(normalizer, str) and normalizer == "sequence":
             row_weight = sequence_weight(row_weight, batch.scored, batch.scorable, shift)
         rows = _rows_of(batch.scored, hidden, streams, shift)

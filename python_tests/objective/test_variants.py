@@ -12,6 +12,7 @@ from objective_oracle import VARIANTS, block_nll, views
 from tiny_models import MASK_ID
 from torch import Tensor, nn
 
+from diffullama_ext import shifted_cross_entropy
 from diffullama_ext.objective import ObjectiveConfig
 from diffullama_ext.objective.noising import context_weight, noise, token_weight
 
@@ -92,6 +93,25 @@ def test_weights_make_the_elbo(variant: dict[str, Any]) -> None:
     value = value[:, torch.arange(length) != 2]
     error = value.std(dim=0) / n**0.5
     assert ((value.mean(dim=0) - 1).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS.values() if not v.get("block_length")], ids=str)
+def test_the_noised_batch_gives_the_loss_to_a_loop_of_its_own(variant: dict[str, Any]) -> None:
+    model, x0, goal = adapted(), tokens(), objective(normalizer="sequence", **variant)
+    given = {"maskable": prompts(), "seed": SEED, "sample_index": torch.tensor(INDEX)}
+    batch = goal.noise(x0, **given)
+    logits = model(batch.xt).logits
+    loss, stats = shifted_cross_entropy(
+        logits,
+        batch.x0,
+        batch.scored,
+        loss_weight=batch.loss_weight,
+        maskable=batch.scorable,
+        normalizer="sequence",
+    )
+    out = goal(model, x0, **given)
+    torch.testing.assert_close(loss, out.loss)
+    assert stats.n_scored == out.stats.n_scored
 
 
 # --- two views of one draw --------------------------------------------------------------------------------------------
