@@ -3,10 +3,10 @@
 
     python benchmarks/loss_variance.py
 
-A model of two layers, adapted and trained for a moment, on fixed data; its gradient under many draws of the noise. Printed
-is E|g - E g|^2 over that of independent draws, with the standard error over the draws: below 1 is better. Every draw costs
-one forward of BATCH sequences: with two views of a sample it is half of the data, each half in turn, and E is taken over
-the same half, so that only the noise counts and not which samples are in the batch.
+A model of two layers, adapted and trained for a moment, on fixed data; its gradient under many draws of the noise.
+Printed is E|g - E g|^2 over that of independent draws, with the standard error over the draws: below 1 is better. Every
+draw costs one forward of BATCH sequences: with two views of a sample it is half of the data, each half in turn, and E
+is over the same half, so that only the noise counts and not which samples are in the batch.
 """
 
 from typing import Any

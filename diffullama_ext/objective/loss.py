@@ -48,7 +48,7 @@ class NoisedBatch(NamedTuple):
 def _counts_for_host(batch: NoisedBatch) -> Callable[[], tuple[int | None, bool]]:
     """Start bringing two facts to the host; the result reads them.
 
-    They are the number of scored tokens, None where the op may ask itself, and whether no token could be scored. On
+    They are the number of scored tokens, None where the op may ask itself, and whether none is nor could be scored. On
     CUDA the copy is queued before the model's forward and read after: the wait ends while the forward still runs, so
     the device never idles.
     """
@@ -56,7 +56,7 @@ def _counts_for_host(batch: NoisedBatch) -> Callable[[], tuple[int | None, bool]
     if torch.compiler.is_compiling():  # a number would be a constant of the graph
         return lambda: (None, False)
     if scored.device.type != "cuda":
-        return lambda: (None, not bool(scorable.any()))
+        return lambda: (None, not bool((scored | scorable).any()))
     if torch.cuda.is_current_stream_capturing():  # replays have other counts: bound them all
         return lambda: (scored.numel(), False)
     counts = torch.empty(2, dtype=torch.int64, pin_memory=True)
@@ -69,7 +69,7 @@ def _counts_for_host(batch: NoisedBatch) -> Callable[[], tuple[int | None, bool]
             return None, False
         copied.synchronize()
         n_scored, n_scorable = counts.tolist()
-        return n_scored, n_scorable == 0
+        return n_scored, n_scored == 0 and n_scorable == 0
 
     return read
 

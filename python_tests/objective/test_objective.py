@@ -153,6 +153,14 @@ def test_nothing_to_score_gives_zero(normalizer: str, loss_mask: str) -> None:
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+def test_tokens_that_equal_the_mask_keep_a_batch_from_being_empty() -> None:
+    """By the released code's loss mask they are scored, though nothing may be masked."""
+    x0, goal = torch.full((2, 5), MASK_ID), objective(loss_mask="equality", normalizer="masked")
+    out = goal(adapted(), x0, maskable=torch.zeros_like(x0, dtype=torch.bool), **CALL)
+    assert out.loss > 0
+    assert goal.n_empty_batches == 0
+
+
 @pytest.mark.parametrize("value", [7, 7.0, torch.tensor(7.0)], ids=["int", "float", "tensor"])
 def test_a_number_is_the_denominator(value: float | Tensor) -> None:
     out = objective()(adapted(), tokens(), normalizer=value, **CALL)
