@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two streams and documents: who attends to whom, and that a packed sequence is its parts."""
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from objective_cases import BATCH, LENGTH, SEED, adapted, objective, tokens
+from objective_oracle import VARIANTS
 from oracles import annealed_allowed
 from tiny_models import MASK_ID
 from torch import Tensor, nn
@@ -130,6 +134,24 @@ def test_documents_with_annealing_and_padding() -> None:
     bare = goal(model, x0, document_ids=ids, **call | {"attn_mask_ratio": 1.0})
     torch.testing.assert_close(padded.loss, bare.loss)
     assert padded.stats.n_scored == bare.stats.n_scored
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS.values() if v.get("loss_weight") != "cart"], ids=str)
+def test_documents_and_padding_of_a_batch_are_each_sequences_own(variant: dict[str, Any]) -> None:
+    """Two views and two streams included: a batch is the sum of its sequences."""
+    model, x0, ids = adapted(), tokens(), packed_ids()
+    attention_mask = torch.arange(LENGTH) < torch.tensor([[12], [7], [9], [1]])
+    goal, call = objective(**variant), {"seed": SEED, "step": 2, "attn_mask_ratio": 0.3, "normalizer": 1.0}
+    whole = goal(model, x0, document_ids=ids, attention_mask=attention_mask, **call)
+    loss = 0.0
+    for b in range(BATCH):
+        one = slice(b, b + 1)
+        given = {"document_ids": ids[one], "attention_mask": attention_mask[one], "sample_index": torch.tensor([b])}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "a batch has no token that may be masked")  # one token, and the shift
+            loss += goal(model, x0[one], **given, **call).loss.item()
+    assert loss == pytest.approx(whole.loss.item(), rel=1e-5)
+    assert loss > 0
 
 
 def test_bad_documents() -> None:
