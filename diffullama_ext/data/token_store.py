@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -60,12 +61,21 @@ def cached_store(
 ) -> TokenStore:
     """The source's documents as a store under ``cache_dir``, made on first use.
 
-    Several processes may ask at once: each that finds nothing makes its own, and one takes the place of the other.
+    Several processes may ask at once: each that finds nothing makes its own, and the first one's is kept, since others
+    may be opening it.
     """
     key = f"{VERSION}\0{bos}\0{source.fingerprint()}\0{tokenizer_fingerprint(tokenizer)}"
     folder = Path(cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not folder.exists():
-        write_store(folder, source.texts(), tokenizer, bos=bos)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".store.", dir=folder.parent) as scratch:
+            own = Path(scratch, "store")
+            write_store(own, source.texts(), tokenizer, bos=bos)
+            try:
+                own.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
     return open_store(folder)
 
 

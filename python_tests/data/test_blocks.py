@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffullama_ext import output_folder
 from diffullama_ext.data import (
     BlockLayout,
     DataSource,
@@ -162,19 +162,22 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path, tokenizer, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_two_processes_may_make_one_cache(folder, tmp_path, tokenizer, monkeypatch):
-    """The other one's store appears while ours is being written."""
-    cache, enter = tmp_path / "cache", output_folder.written_at_once
+def test_of_two_processes_the_first_ones_cache_is_kept(folder, tmp_path, tokenizer, monkeypatch):
+    """It appears while ours is being written, and may be open when ours is done."""
+    first, cache = tmp_path / "first", tmp_path / "cache"
+    load_blocks([DataSource(folder)], tokenizer, 5, cache_dir=first)
+    (made,) = first.iterdir()
+    inodes = []
 
-    def late(out):
-        monkeypatch.setattr(token_store, "written_at_once", enter)
-        write_store(out, TEXTS, tokenizer)
-        return enter(out)
+    def late(own, *args, **kwargs):
+        inodes.append(shutil.copytree(made, cache / made.name).stat().st_ino)
+        write_store(own, *args, **kwargs)
 
-    monkeypatch.setattr(token_store, "written_at_once", late)
+    monkeypatch.setattr(token_store, "write_store", late)
     blocks = load_blocks([DataSource(folder)], tokenizer, 5, cache_dir=cache)
     assert every(blocks) == expected_blocks(tokenizer, 5, "overlap", False, False)
-    assert len(list(cache.iterdir())) == 1
+    (kept,) = cache.iterdir()
+    assert [kept.stat().st_ino] == inodes
 
 
 @pytest.mark.parametrize(
