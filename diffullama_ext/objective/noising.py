@@ -142,7 +142,7 @@ def _mixed(draw: _Draw, t: Tensor, p: Tensor) -> Noised:
     """With phi = pi t / 2: the mask with probability 1 - cos phi, a random token with sin phi + cos phi - 1.
 
     A token is noised where xt != x0, which a random one need not be. One word decides; another draws the token, uniform
-    over the vocabulary without the mask. Source: the mixed noise of BARD (2604.16514), released code.
+    over the vocabulary without the mask. Source: the mixed noise described by BARD (2604.16514).
     """
     config, length = draw.config, draw.x0.shape[1]
     assert config.vocab_size is not None
