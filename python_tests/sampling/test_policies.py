@@ -11,14 +11,11 @@ from straight_line import MASK, VOCAB, one_row, philox_word
 
 from diffullama_ext import schedules, token_stats
 from diffullama_ext.sampling import (
-    POLICIES,
     ConfidencePolicy,
     Decision,
     Policy,
-    RandomPolicy,
     ThresholdPolicy,
     fill,
-    make_policy,
 )
 
 
@@ -330,34 +327,6 @@ def test_a_position_without_statistics_is_not_written(context_denoiser):
     filled = fill(context_denoiser(VOCAB), xt, masked, mask_id=MASK, policy=CommitMasked(), block_length=8)
     assert filled.nfe.tolist() == [3]
     assert (filled.xt >= 0).all()
-
-
-def test_policies_by_name():
-    assert make_policy("random") == RandomPolicy()
-    assert make_policy("confidence", confidence="sample_prob") == ConfidencePolicy("sample_prob")
-    assert make_policy("threshold", threshold=0.5) == ThresholdPolicy(0.5)
-    assert all(isinstance(make_policy(name), Policy) for name in POLICIES)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: make_policy("best"), r"policy must be one of '.*'threshold'.*, got 'best'"),
-        (
-            lambda: make_policy("threshold", tau=0.5),
-            r"policy 'threshold' has the parameters \['threshold', 'confidence'\], got 'tau'",
-        ),
-        (lambda: make_policy("random", threshold=0.5), r"policy 'random' has the parameters \[\], got 'threshold'"),
-        (lambda: ThresholdPolicy(-0.1), r"threshold must be in \[0, inf\], got -0.1"),
-        (lambda: ThresholdPolicy(math.nan), r"threshold must be in \[0, inf\], got nan"),
-        (lambda: ThresholdPolicy(confidence="p1"), r"confidence must be one of 'prob', 'sample_prob', got 'p1'"),
-        (lambda: ConfidencePolicy("entropy"), r"confidence must be one of 'prob', 'sample_prob', got 'entropy'"),
-    ],
-    ids=["unknown", "parameter", "no-parameters", "negative", "nan", "p1", "entropy"],
-)
-def test_rejects_bad_parameters(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 class TakeBackEverything(Policy):
