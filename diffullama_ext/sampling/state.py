@@ -134,6 +134,7 @@ class State:
     def begin(self, step: int) -> None:
         """Enter a step: find each row's current block and the steps it has left."""
         self.step = step
+        self.scored = None  # its memory is for the next forward
         length = self.masked.shape[1]
         current = torch.where(self.masked, self.block, length).amin(dim=1)  # [B]; `length` where nothing is masked
         self.in_block = self.maskable & (self.block == current[:, None])

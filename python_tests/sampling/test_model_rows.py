@@ -6,7 +6,7 @@ import torch
 from tiny_models import MASK_ID, VOCAB, causal_lm
 
 from diffullama_ext.integrations import adapt
-from diffullama_ext.sampling import ModelDenoiser, RowDenoiser, fill, generate, make_policy
+from diffullama_ext.sampling import POLICIES, ModelDenoiser, RowDenoiser, denoisers, fill, generate, make_policy
 from diffullama_ext.sampling.denoisers import FunctionDenoiser, positions_of
 from diffullama_ext.sampling.state import State
 
@@ -75,6 +75,27 @@ def test_positions_of_a_fixed_width():
     first = rows.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : state.width]
     assert on_cpu <= set((first + 14 * torch.arange(3)[:, None]).flatten().tolist())
     assert positions_of(rows.to("meta"), state).shape == (3 * state.width,)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_rows_of_a_fixed_width_give_the_same_text(name, monkeypatch):
+    """As off the CPU, where more rows are scored than were asked for."""
+    model, (state, real) = adapted("llama", True), case(True)
+    options = dict(mask_id=MASK_ID, policy=name, block_length=3, seed=5, done_every=3)
+    expected = fill(ModelDenoiser(model, real), state.xt, state.masked, **options)
+    n_scored = []
+
+    def padded(rows, state):
+        first = rows.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : state.width]
+        assert (rows.sum(1) <= state.width).all()
+        n_scored.append(first.numel() - int(rows.sum()))
+        return (first + rows.shape[1] * torch.arange(len(rows))[:, None]).flatten()
+
+    monkeypatch.setattr(denoisers, "positions_of", padded)
+    filled = fill(ModelDenoiser(model, real), state.xt, state.masked, **options)
+    assert torch.equal(filled.xt, expected.xt)
+    assert torch.equal(filled.nfe, expected.nfe)
+    assert max(n_scored) > 0
 
 
 # --- verification ----------------------------------------------------------------------------------------------------

@@ -11,14 +11,11 @@ from straight_line import MASK, VOCAB, one_row, philox_word
 
 from diffullama_ext import schedules, token_stats
 from diffullama_ext.sampling import (
-    POLICIES,
     ConfidencePolicy,
     Decision,
     Policy,
-    RandomPolicy,
     ThresholdPolicy,
     fill,
-    make_policy,
 )
 
 
@@ -332,29 +329,28 @@ def test_a_position_without_statistics_is_not_written(context_denoiser):
     assert (filled.xt >= 0).all()
 
 
-def test_policies_by_name():
-    assert make_policy("random") == RandomPolicy()
-    assert make_policy("confidence", confidence="sample_prob") == ConfidencePolicy("sample_prob")
-    assert make_policy("threshold", threshold=0.5) == ThresholdPolicy(0.5)
-    assert all(isinstance(make_policy(name), Policy) for name in POLICIES)
+class TakeBackEverything(Policy):
+    """Commits the current block and wants everything masked again, as often as it may."""
+
+    may_wait = True
+
+    def decide(self, stats, state):
+        return Decision(state.active, remask=torch.ones_like(state.masked))
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: make_policy("best"), r"policy must be one of '.*'threshold'.*, got 'best'"),
-        (
-            lambda: make_policy("threshold", tau=0.5),
-            r"policy 'threshold' has the parameters \['threshold', 'confidence'\], got 'tau'",
-        ),
-        (lambda: make_policy("random", threshold=0.5), r"policy 'random' has the parameters \[\], got 'threshold'"),
-        (lambda: ThresholdPolicy(-0.1), r"threshold must be in \[0, inf\], got -0.1"),
-        (lambda: ThresholdPolicy(math.nan), r"threshold must be in \[0, inf\], got nan"),
-        (lambda: ThresholdPolicy(confidence="p1"), r"confidence must be one of 'prob', 'sample_prob', got 'p1'"),
-        (lambda: ConfidencePolicy("entropy"), r"confidence must be one of 'prob', 'sample_prob', got 'entropy'"),
-    ],
-    ids=["unknown", "parameter", "no-parameters", "negative", "nan", "p1", "entropy"],
-)
-def test_rejects_bad_parameters(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_what_may_be_taken_back(context_denoiser):
+    """Tokens of the current block, and none in its last step: an earlier block or a given token never."""
+    xt, masked = one_row(25)
+    left = []
+    filled = fill(
+        context_denoiser(VOCAB),
+        xt,
+        masked,
+        mask_id=MASK,
+        policy=TakeBackEverything(),
+        steps=8,
+        block_length=12,
+        on_step=lambda state, stats, decision: left.append((int(state.current), int(state.masked.sum()))),
+    )
+    assert left == [(0, 24)] * 3 + [(0, 12)] + [(1, 12)] * 3 + [(1, 0)]
+    assert not (filled.xt[masked] == MASK).any()
