@@ -4,8 +4,17 @@
 from .generate import ModelDenoiser, SampleOutput, generate
 from .infill import InfillOutput, infill, parse_spans
 from .loop import Denoiser, Filled, StepHook, fill
-from .policies import POLICIES, ConfidencePolicy, Policy, RandomPolicy, ThresholdPolicy, make_policy
-from .state import Decision, State
+from .policies import (
+    POLICIES,
+    ConfidencePolicy,
+    Policy,
+    RandomPolicy,
+    ThresholdPolicy,
+    make_policy,
+    policy_parameters,
+    register,
+)
+from .state import Decision, Scored, State
 
 __all__ = [
     "POLICIES",
@@ -18,6 +27,7 @@ __all__ = [
     "Policy",
     "RandomPolicy",
     "SampleOutput",
+    "Scored",
     "State",
     "StepHook",
     "ThresholdPolicy",
@@ -26,4 +36,6 @@ __all__ = [
     "infill",
     "make_policy",
     "parse_spans",
+    "policy_parameters",
+    "register",
 ]

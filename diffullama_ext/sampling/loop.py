@@ -69,7 +69,7 @@ def fill(
         xt: int64 [B, L]; ids where ``masked`` do not matter.
         masked: bool [B, L], what to fill.
         mask_id: what stands where nothing is known yet; never drawn.
-        policy: "random", "confidence", "threshold" or a :class:`Policy`.
+        policy: a name in ``POLICIES``, with its defaults, or a :class:`Policy`.
         steps: forwards to spread the commits over; a row with fewer masks takes fewer. None is one position a step for
             policies that work by schedule.
         block_length: fill the masked positions of a row in blocks of so many, left to right (semi-autoregressive), each
@@ -100,16 +100,16 @@ def fill(
     on_host = xt.device.type == "cpu"
     for step in range(limit):
         state.begin(step)
+        rows = policy.rows(state)
         logits = denoise(state.xt)
         check_tensor("denoise(xt)", logits, FLOATS, (*xt.shape, "V"), xt.device)
-        rows = policy.rows(state)
         stats = score(logits, rows, state, gather=on_host)
         written = state.apply(stats.token, policy.decide(stats, state))
         if on_step is not None:
             on_step(state, stats, written)
         # A GPU is asked only when the answer can end the loop: with one commit a step `longest` steps are enough.
         if on_host or policy.adaptive or step + 1 >= min(longest, limit):
-            failed = state.masked.any(dim=1) if step + 1 == limit else state.stuck
+            failed = state.masked.any(dim=1) if step + 1 == limit else state.stuck & (not policy.may_wait)
             any_failed, any_masked = torch.stack((failed.any(), state.masked.any())).tolist()
             if any_failed:
                 _raise_failed(failed, rows & (stats.token < 0), state, policy)

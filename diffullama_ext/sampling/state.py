@@ -25,7 +25,14 @@ class Decision(NamedTuple):
     """What a policy wants written, bool [B, L]. Commits come first: a position in both is masked again."""
 
     commit: Tensor  # these masked positions take the token drawn for them
-    remask: Tensor | None = None  # these maskable positions become masks again
+    remask: Tensor | None = None  # these positions of the current block become masks again, before its last step
+
+
+class Scored(NamedTuple):
+    """The logits of a step, where they were computed: at least the positions that the policy asked for."""
+
+    logits: Tensor  # [N, V] float, the mask's included
+    at: Tensor  # [N] int64, the position each row scores: b * L + j
 
 
 @dataclass
@@ -41,11 +48,15 @@ class State:
         masked: bool [B, L], masked now.
         active: bool [B, L], masked and in the row's current block, the first that has a mask.
         block: int64 [B, L], number of each maskable position's block; ``block_length`` of them, in order, are a block.
+        current: int64 [B], number of the row's current block; L where the row has no mask.
+        in_block: bool [B, L], maskable and in the current block, masked or not.
         steps: int64 [B], steps the row may take; step: the current one, from 0.
         steps_left: int64 [B], steps the current block may still take, this one counted.
+        block_steps: int64 [B], steps that were left when the current block was entered.
         nfe: int64 [B], forwards spent while the row had a mask.
-        stuck: bool [B], the row had a mask and the last step committed nothing in it.
+        stuck: bool [B], there was a step that committed nothing in the row although it had a mask.
         seed: int64 [1]; sample_index: int64 [B]: keys of random draws.
+        scored: the logits of the current step, set before the policy decides.
         memory: tensors that the policy keeps from step to step.
     """
 
@@ -56,13 +67,17 @@ class State:
     active: Tensor
     block: Tensor
     block_length: int
+    current: Tensor
+    in_block: Tensor
     steps: Tensor
     step: int
     steps_left: Tensor
+    block_steps: Tensor
     nfe: Tensor
     stuck: Tensor
     seed: Tensor
     sample_index: Tensor
+    scored: Scored | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -102,9 +117,12 @@ class State:
             active=masked,
             block=ordinal // size,
             block_length=size,
+            current=torch.full_like(n_masked, -1),  # none has been entered
+            in_block=masked,
             steps=row_steps,
             step=0,
             steps_left=row_steps,
+            block_steps=row_steps,
             nfe=torch.zeros_like(n_masked),
             stuck=torch.zeros_like(n_masked, dtype=torch.bool),
             seed=seed_tensor(seed, None, xt.device),
@@ -116,28 +134,34 @@ class State:
         self.step = step
         length = self.masked.shape[1]
         current = torch.where(self.masked, self.block, length).amin(dim=1)  # [B]; `length` where nothing is masked
-        self.active = self.masked & (self.block == current[:, None])
+        self.in_block = self.maskable & (self.block == current[:, None])
+        self.active = self.masked & self.in_block
         # A block takes steps in proportion to its positions, so the shares add up to `steps`, and each is at least 1
         # where there are no more blocks than steps. A row ahead of its schedule has the steps that it saved.
         n_maskable = self.maskable.sum(dim=1)
         through = torch.minimum((current + 1) * self.block_length, n_maskable)  # positions up to the block's end
         self.steps_left = (through * self.steps // n_maskable.clamp(min=1) - step).clamp(min=1)
+        self.block_steps = torch.where(current == self.current, self.block_steps, self.steps_left)
+        self.current = current
 
     def quota(self) -> Tensor:
         """Tokens to commit now so that the current block of each row ends on schedule, [B]."""
         return commit_quota(self.active.sum(dim=1), self.steps_left)
 
     def apply(self, token: Tensor, decision: Decision) -> Decision:
-        """Write a decision, and return what was written: never a position without a token, never a fixed one."""
+        """Write a decision, and return what was written: never a position without a token, never a fixed one.
+
+        What is behind the current block stays (a cache may hold it), and in a block's last step all of it.
+        """
         unfinished = self.masked.any(dim=1)
         commit = decision.commit & self.masked & (token >= 0)
         self.nfe = self.nfe + unfinished
-        self.stuck = unfinished & ~commit.any(dim=1)
+        self.stuck = self.stuck | (unfinished & ~commit.any(dim=1))
         self.xt = torch.where(commit, token, self.xt)
         self.masked = self.masked & ~commit
         if decision.remask is None:
             return Decision(commit)
-        remask = decision.remask & self.maskable
+        remask = decision.remask & self.in_block & (self.steps_left > 1)[:, None]
         self.xt = torch.where(remask, self.mask_id, self.xt)
         self.masked = self.masked | remask
         return Decision(commit, remask)

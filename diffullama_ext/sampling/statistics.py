@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import check_range
 from ..functional import TokenStats, token_stats
-from .state import State, check_count
+from .state import Scored, State, check_count
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,30 @@ class PositionStats:
             gather: read only the logits rows asked for, which makes the host wait for their number; otherwise read all,
                 which costs a GPU less than the wait.
         """
-        batch, length, vocab = logits.shape
-        flat = logits.reshape(batch * length, vocab)
-        shift = int(self.shift)
+        flat, shift = logits.reshape(-1, logits.shape[-1]), int(self.shift)
+        if gather:
+            at = rows.flatten().nonzero().squeeze(1)
+            return self.of(Scored(flat[at - shift], at), rows, state)
+        # With a shift the last logits row of a sample meets the next one's position 0, which is never asked for.
+        at = torch.arange(len(flat), device=flat.device).roll(-shift)
+        return self.of(Scored(flat, at), rows, state)
+
+    def of(self, scored: Scored, rows: Tensor, state: State) -> TokenStats:
+        """The same from logits that are in place already; those of other positions are not looked at.
+
+        Leaves ``scored`` in the state, for policies and traces that want whole distributions.
+        """
+        state.scored = scored
+        batch, length = rows.shape
         # The key of a draw is (sample, position): the same in any batch and behind any padding.
         key = (state.sample_index[:, None] << 32) + torch.arange(length, device=rows.device)
-        key, current, rows = key.flatten(), state.xt.flatten(), rows.flatten()
-        if gather:
-            at = rows.nonzero().squeeze(1)
-            stats = self._draw(flat[at - shift], key[at], current[at], state)
-            token = current.new_full((batch * length,), -1).index_copy(0, at, stats.token)
-            values = torch.stack(stats[1:])
-            values = values.new_full((len(values), batch * length), torch.nan).index_copy(1, at, values)
-        else:
-            # With a shift the last logits row of a sample meets the next one's position 0, which is never asked for.
-            stats = self._draw(flat, key.roll(-shift), current.roll(-shift), state)
-            token = torch.where(rows, stats.token.roll(shift), -1)
-            values = torch.where(rows, torch.stack(stats[1:]).roll(shift, 1), torch.nan)
+        current = state.xt.flatten()
+        stats = self._draw(scored.logits, key.flatten()[scored.at], current[scored.at], state)
+        token = torch.full_like(current, -1).index_copy(0, scored.at, stats.token)
+        values = torch.stack(stats[1:])
+        values = values.new_full((len(values), batch * length), torch.nan).index_copy(1, scored.at, values)
+        asked = rows.flatten()
+        token, values = torch.where(asked, token, -1), torch.where(asked, values, torch.nan)
         return TokenStats(token.view(batch, length), *values.view(-1, batch, length))
 
     def _draw(self, logits: Tensor, row_index: Tensor, current: Tensor, state: State) -> TokenStats:
