@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling by unmasking: :func:`generate` and :func:`infill` with an adapted model, :func:`fill` with any denoiser."""
 
-from .generate import ModelDenoiser, SampleOutput, generate
+from .denoisers import Denoiser, Guided, ModelDenoiser, RowDenoiser
+from .generate import SampleOutput, generate
 from .infill import InfillOutput, infill, parse_spans
-from .loop import Denoiser, Filled, StepHook, fill
+from .logits_hooks import Forbidden, Forced, LogitsHook
+from .loop import Filled, StepHook, fill
 from .policies import (
     POLICIES,
     ConfidencePolicy,
@@ -22,10 +24,15 @@ __all__ = [
     "Decision",
     "Denoiser",
     "Filled",
+    "Forbidden",
+    "Forced",
+    "Guided",
     "InfillOutput",
+    "LogitsHook",
     "ModelDenoiser",
     "Policy",
     "RandomPolicy",
+    "RowDenoiser",
     "SampleOutput",
     "Scored",
     "State",

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling from an adapted transformers model: the adapter that makes it a denoiser, and continuation of prompts."""
+"""Sampling from an adapted transformers model: continuation of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_tensor
+from .denoisers import Guided, ModelDenoiser, RowDenoiser, mask_and_shift, without_context
+from .logits_hooks import LogitsHook
 from .loop import StepHook, fill
 from .policies import Policy
-from .state import check_count
+from .state import State, check_count
+
+if TYPE_CHECKING:
+    from .caches import CachedDenoiser, CacheDrift
 
 
 class SampleOutput(NamedTuple):
@@ -22,43 +26,8 @@ class SampleOutput(NamedTuple):
 
     sequences: Tensor  # [B, P + length] int64: the prompts as given, then what was generated
     nfe: Tensor  # [B] int64, model forwards while the row had a mask
-
-
-@dataclass(frozen=True)
-class ModelDenoiser:
-    """A transformers model with bidirectional attention as ``ids [B, L] -> logits [B, L, V]``.
-
-    Attributes:
-        model: called as ``model(input_ids=..., attention_mask=..., use_cache=False).logits``.
-        attention_mask: bool [B, L], False where a row is padding; None without padding.
-    """
-
-    model: nn.Module
-    attention_mask: Tensor | None = None
-
-    def __call__(self, xt: Tensor) -> Tensor:
-        """Logits [B, L, V]; row i scores position i + 1 where the model has the shift."""
-        return self.model(input_ids=xt, attention_mask=self.attention_mask, use_cache=False).logits.to(xt.device)
-
-    @classmethod
-    def of_rows(cls, model: Any, real: Tensor) -> ModelDenoiser:
-        """For rows that begin at column 0; ``real`` bool [B, L] is False in the padding after them."""
-        length, longest = real.shape[1], getattr(model.config, "max_position_embeddings", None)
-        if longest is not None and length > longest:
-            raise ValueError(f"the sequence has {length} tokens, given ones and masks, and the model takes {longest}")
-        return cls(model, None if real.all() else real)
-
-
-def mask_and_shift(model: Any) -> tuple[int, bool]:
-    """The mask id and the shift from an adapted model's config; ValueError where it is not adapted."""
-    mask_id = getattr(model.config, "mask_token_id", None)
-    diffusion = getattr(model.config, "diffusion", None)
-    if mask_id is None or diffusion is None:
-        raise ValueError(
-            f"model must be adapted to diffusion (diffullama_ext.integrations.adapt), got {type(model).__name__} whose "
-            f"config has mask_token_id={mask_id}, diffusion={diffusion}"
-        )
-    return mask_id, diffusion["shift"]
+    completion_tokens: Tensor  # [B] int64, what was generated, up to and with the first eos_id if one was given
+    cache_drift: CacheDrift | None = None  # where it was measured
 
 
 def start_token(*sources: object) -> int | None:
@@ -81,6 +50,52 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def denoiser_of(
+    model: Any,
+    real: Tensor,
+    *,
+    cfg: float = 0.0,
+    negative: Callable[[State], Tensor] | None = None,
+    cache: str | None = None,
+    measure_drift: bool = False,
+) -> tuple[RowDenoiser, CachedDenoiser | None]:
+    """A model for :func:`fill`, and its cache if it has one.
+
+    Args:
+        real: bool [B, L], rows from column 0, False in the padding after them.
+        cfg, negative: weight and other branch of :class:`Guided`; weight 0 is one branch.
+        cache: None, or a kind of :class:`~diffullama_ext.sampling.caches.CachedDenoiser`; each branch has its own.
+    """
+    plain = ModelDenoiser.of_rows(model, real)
+    cached = None
+
+    def branch(measure: bool) -> RowDenoiser:
+        if cache is None:
+            return plain
+        from .caches import CachedDenoiser
+
+        return CachedDenoiser(plain.model, plain.attention_mask, cache, measure)
+
+    denoise: RowDenoiser = branch(measure_drift)
+    if cache is not None:
+        cached = denoise
+    elif measure_drift:
+        raise ValueError("measure_drift must be False without a cache")
+    if cfg != 0.0:
+        denoise = Guided(denoise, cfg, negative or without_context, branch(False))
+    elif negative is not None:
+        raise ValueError("negative must be None where cfg is 0")
+    return denoise, cached  # type: ignore[return-value]
+
+
+def count_completion(written: Tensor, eos_id: int | None) -> Tensor:
+    """Tokens of each row [B, N] up to and with the first ``eos_id``, int64 [B]; all where there is none."""
+    if eos_id is None:
+        return torch.full_like(written[:, 0], written.shape[1])
+    ended = (written == eos_id).cumsum(dim=1) > 0
+    return ((~ended).sum(dim=1) + 1).clamp(max=written.shape[1])
 
 
 def _check_prompts(prompt_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -113,6 +128,13 @@ def generate(
     sample_index: Tensor | None = None,
     start_id: int | None = None,
     on_step: StepHook | None = None,
+    eos_id: int | None = None,
+    cfg: float = 0.0,
+    negative: Callable[[State], Tensor] | None = None,
+    cache: str | None = None,
+    measure_drift: bool = False,
+    logits_hooks: Sequence[LogitsHook] = (),
+    done_every: int | None = None,
 ) -> SampleOutput:
     """Continue prompts, or write from nothing, with an adapted model.
 
@@ -127,8 +149,14 @@ def generate(
         attention_mask: int64 or bool [B, P], 0 for padding; None means no padding.
         n: sequences for each prompt, next to each other; without a prompt, the number of sequences.
         start_id: the start token where there is no prompt; None takes the model's bos id, else its eos id.
-        steps, policy, block_length, temperature, top_k, top_p, seed, sample_index, on_step: see :func:`fill`;
-            ``sample_index`` counts the B * n sequences.
+        steps, policy, block_length, temperature, top_k, top_p, seed, sample_index, on_step, logits_hooks, done_every:
+            see :func:`fill`; ``sample_index`` counts the B * n sequences.
+        eos_id: ends a row, see :func:`fill`; None lets it write ``length`` tokens whatever they are.
+        cfg, negative: weight and other branch of classifier-free guidance, see :class:`Guided`; 0 is none. It takes two
+            forwards a step, and ``nfe`` counts both.
+        cache: "prefix" or "dual" (approximate), "block" (exact, for models trained with block-causal attention); see
+            :mod:`diffullama_ext.sampling.caches`. None computes everything in every step.
+        measure_drift: run the full forward too and report ``cache_drift``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`fill`; a model that is not adapted; an empty prompt; more tokens
@@ -155,9 +183,12 @@ def generate(
     ids, real = torch.cat((prompt, new), dim=1), torch.cat((real, torch.ones_like(new, dtype=torch.bool)), dim=1)
     masked = torch.arange(ids.shape[1], device=device).expand_as(ids) >= prompt.shape[1]
     order = torch.argsort(real.logical_not().to(torch.int8), dim=1, stable=True)  # real tokens first, padding after
+    denoise, cached = denoiser_of(
+        model, real.gather(1, order), cfg=cfg, negative=negative, cache=cache, measure_drift=measure_drift
+    )
     with evaluating(model):
         filled = fill(
-            ModelDenoiser.of_rows(model, real.gather(1, order)),
+            denoise,
             ids.gather(1, order),
             masked.gather(1, order),
             mask_id=mask_id,
@@ -171,6 +202,11 @@ def generate(
             seed=seed,
             sample_index=sample_index,
             on_step=on_step,
+            logits_hooks=logits_hooks,
+            eos_id=eos_id,
+            done_every=done_every,
         )
     sequences = torch.empty_like(ids).scatter_(1, order, filled.xt)
-    return SampleOutput(sequences if first is None else sequences[:, 1:], filled.nfe)
+    completion = count_completion(sequences[:, -length:], eos_id)
+    drift = None if cached is None else cached.drift()
+    return SampleOutput(sequences if first is None else sequences[:, 1:], filled.nfe, completion, drift)

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .generate import ModelDenoiser, evaluating, mask_and_shift, start_token
+from .denoisers import mask_and_shift
+from .generate import denoiser_of, evaluating, start_token
+from .logits_hooks import LogitsHook
 from .loop import StepHook, fill
 from .policies import Policy
-from .state import check_count
+from .state import State, check_count
 
 _SPAN = re.compile(r"\[MASK:(\d+)\]")
 _MALFORMED = re.compile(r"\[MASK:(?!\d+\])[^\]\n]{0,20}\]?")
@@ -115,6 +117,11 @@ def infill(
     sample_index: Tensor | None = None,
     start_id: int | None = None,
     on_step: StepHook | None = None,
+    cfg: float = 0.0,
+    negative: Callable[[State], Tensor] | None = None,
+    cache: str | None = None,
+    logits_hooks: Sequence[LogitsHook] = (),
+    done_every: int | None = None,
 ) -> InfillOutput:
     """Write the spans "[MASK:n]" of a text, or of several, in one batch, from what is on both sides of them.
 
@@ -125,8 +132,9 @@ def infill(
         n: fillings of each text, next to each other in the result.
         start_id: token put before every text under the shift, where nothing predicts the first token; None takes the
             bos id, else the eos id, of the tokenizer, else of the model.
-        steps, policy, block_length, temperature, top_k, top_p, seed, sample_index, on_step: see :func:`fill`;
-            ``sample_index`` counts the sequences.
+        steps, policy, block_length, temperature, top_k, top_p, seed, sample_index, on_step, logits_hooks, done_every:
+            see :func:`fill`; ``sample_index`` counts the sequences.
+        cfg, negative, cache: see :func:`generate`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`fill`; a text without a span or with a malformed one; a model
@@ -149,9 +157,10 @@ def infill(
     masked = torch.tensor([row + [False] * (length - len(row)) for _, row in rows], device=device)
     lengths = torch.tensor([len(ids) for ids, _ in rows], device=device)
     real = torch.arange(length, device=device) < lengths[:, None]
+    denoise, _ = denoiser_of(model, real, cfg=cfg, negative=negative, cache=cache)
     with evaluating(model):
         filled = fill(
-            ModelDenoiser.of_rows(model, real),
+            denoise,
             xt,
             masked,
             mask_id=mask_id,
@@ -165,6 +174,8 @@ def infill(
             seed=seed,
             sample_index=sample_index,
             on_step=on_step,
+            logits_hooks=logits_hooks,
+            done_every=done_every,
         )
     written = [ids[row].tolist() for ids, row in zip(filled.xt, masked, strict=True)]
     results = [_texts(pieces, ids, codec) for pieces, ids in zip(all_pieces, written, strict=True)]

@@ -53,9 +53,10 @@ class State:
         steps: int64 [B], steps the row may take; step: the current one, from 0.
         steps_left: int64 [B], steps the current block may still take, this one counted.
         block_steps: int64 [B], steps that were left when the current block was entered.
-        nfe: int64 [B], forwards spent while the row had a mask.
+        nfe: int64 [B], forwards (two a step under guidance) spent while the row had a mask.
         stuck: bool [B], there was a step that committed nothing in the row although it had a mask.
         seed: int64 [1]; sample_index: int64 [B]: keys of random draws.
+        width: no more positions of a row than this are asked for; known without asking the device.
         scored: the logits of the current step, set before the policy decides.
         memory: tensors that the policy keeps from step to step.
     """
@@ -77,6 +78,7 @@ class State:
     stuck: Tensor
     seed: Tensor
     sample_index: Tensor
+    width: int = 0
     scored: Scored | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
 
@@ -144,18 +146,25 @@ class State:
         self.block_steps = torch.where(current == self.current, self.block_steps, self.steps_left)
         self.current = current
 
+    def end_after(self, eos_id: int) -> None:
+        """Behind the first ``eos_id`` with nothing masked before it, everything maskable becomes ``eos_id`` too."""
+        settled = self.masked.cumsum(dim=1) == 0
+        ended = (self.maskable & settled & (self.xt == eos_id)).cumsum(dim=1) > 0
+        self.xt = torch.where(ended & self.maskable, eos_id, self.xt)
+        self.masked = self.masked & ~ended
+
     def quota(self) -> Tensor:
         """Tokens to commit now so that the current block of each row ends on schedule, [B]."""
         return commit_quota(self.active.sum(dim=1), self.steps_left)
 
-    def apply(self, token: Tensor, decision: Decision) -> Decision:
+    def apply(self, token: Tensor, decision: Decision, n_forwards: int = 1) -> Decision:
         """Write a decision, and return what was written: never a position without a token, never a fixed one.
 
         What is behind the current block stays (a cache may hold it), and in a block's last step all of it.
         """
         unfinished = self.masked.any(dim=1)
         commit = decision.commit & self.masked & (token >= 0)
-        self.nfe = self.nfe + unfinished
+        self.nfe = self.nfe + n_forwards * unfinished
         self.stuck = self.stuck | (unfinished & ~commit.any(dim=1))
         self.xt = torch.where(commit, token, self.xt)
         self.masked = self.masked & ~commit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the denoiser's logits to statistics of positions: the shift, the random keys, and which rows are read."""
+"""From logits of positions to their statistics: the random keys, and where each row belongs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ class PositionStats:
     """Draws a token at every position asked for, with the statistics of its distribution.
 
     Attributes:
-        shift: position j is scored by logits row j - 1 instead of j.
         temperature, top_k, top_p: of the draw, see :func:`diffullama_ext.token_stats`.
     """
 
-    shift: bool
     temperature: float
     top_k: int | None
     top_p: float
@@ -34,26 +32,10 @@ class PositionStats:
         if self.top_k is not None:
             check_count("top_k", self.top_k)
 
-    def __call__(self, logits: Tensor, rows: Tensor, state: State, *, gather: bool) -> TokenStats:
+    def __call__(self, scored: Scored, rows: Tensor, state: State) -> TokenStats:
         """Statistics of the positions ``rows`` (bool [B, L]), each field [B, L]; token -1 and NaN elsewhere.
 
-        Args:
-            logits: float [B, L, V].
-            gather: read only the logits rows asked for, which makes the host wait for their number; otherwise read all,
-                which costs a GPU less than the wait.
-        """
-        flat, shift = logits.reshape(-1, logits.shape[-1]), int(self.shift)
-        if gather:
-            at = rows.flatten().nonzero().squeeze(1)
-            return self.of(Scored(flat[at - shift], at), rows, state)
-        # With a shift the last logits row of a sample meets the next one's position 0, which is never asked for.
-        at = torch.arange(len(flat), device=flat.device).roll(-shift)
-        return self.of(Scored(flat, at), rows, state)
-
-    def of(self, scored: Scored, rows: Tensor, state: State) -> TokenStats:
-        """The same from logits that are in place already; those of other positions are not looked at.
-
-        Leaves ``scored`` in the state, for policies and traces that want whole distributions.
+        ``scored`` stays in the state, for policies and traces that want whole distributions.
         """
         state.scored = scored
         batch, length = rows.shape

@@ -29,16 +29,18 @@ class Policy(Protocol):
     Attributes:
         adaptive: rows may be through before their steps are, so it is worth asking the device before they are.
         may_wait: a step may commit nothing in a row with masks; otherwise :func:`fill` raises where that happens.
+        beyond_block: :meth:`rows` asks for masked positions of later blocks too.
         verifies: ``stats.current_prob`` shall be of a model that does not see the token it judges (WINO's shadow
             block), which the denoiser must offer.
     """
 
     adaptive: ClassVar[bool] = False
     may_wait: ClassVar[bool] = False
+    beyond_block: ClassVar[bool] = False
     verifies: ClassVar[bool] = False
 
     def rows(self, state: State) -> Tensor:
-        """The positions whose statistics :meth:`decide` needs, bool [B, L]; by default what may be committed."""
+        """The maskable positions whose statistics :meth:`decide` needs, bool [B, L]; by default the active ones."""
         return state.active
 
     def decide(self, stats: TokenStats, state: State) -> Decision:

@@ -30,7 +30,7 @@ class EntropyBudgetPolicy(Policy):
         gamma: the budget; 0 commits one position, and those that are certain.
         order: best by "confidence" (of the drawn token), "entropy" or "margin".
 
-    Source: EB-Sampler (Ben-Hamu et al. 2025).
+    Source: EB-Sampler (Ben-Hamu et al., arXiv 2505.24857).
     """
 
     adaptive: ClassVar[bool] = True
