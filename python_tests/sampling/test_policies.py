@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from straight_line import MASK, VOCAB, one_row, philox_word
 
 from diffullama_ext import schedules, token_stats
 from diffullama_ext.sampling import (
@@ -19,16 +20,6 @@ from diffullama_ext.sampling import (
     fill,
     make_policy,
 )
-
-VOCAB, MASK = 11, 10
-
-
-def one_row(length, rate=1.0, *, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    xt = torch.randint(0, VOCAB - 1, (1, length), generator=generator)
-    masked = torch.rand(1, length, generator=generator) < rate
-    masked[:, 0] = False
-    return xt, masked
 
 
 def greedy_row(logits):
@@ -197,17 +188,6 @@ def test_threshold_rows_end_on_their_own(context_denoiser):
 
 
 # --- random ----------------------------------------------------------------------------------------------------------
-
-
-def philox_word(seed, sample, position, step, tag=4):
-    """One 32-bit word of Philox4x32-10 in plain integers; counter (position / 4, sample, tag, step)."""
-    c, k = [position // 4, sample, tag, step], [seed & 0xFFFFFFFF, seed >> 32]
-    for i in range(10):
-        if i:
-            k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
-    return c[position % 4]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 12, 60])
