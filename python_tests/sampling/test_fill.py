@@ -108,6 +108,27 @@ def test_invariants(context_denoiser, policy, data):
     assert torch.equal(filled.nfe > 0, masked.any(1))
 
 
+@every_policy
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_every_policy_ends_at_any_length(policy, data):
+    """Lengths to 300, logits that do not change: no mask is left, within the steps."""
+    length = data.draw(st.integers(1, 300))
+    block_length = data.draw(st.none() | st.integers(1, length))
+    steps = data.draw(st.none() | st.integers(-(-length // (block_length or length)), 2 * length))
+    logits = torch.randn(1, length, 5, generator=torch.Generator().manual_seed(length))
+
+    def constant(xt):
+        return logits
+
+    constant.leave_one_out = constant
+    xt, masked = torch.zeros(1, length, dtype=torch.int64), torch.ones(1, length, dtype=torch.bool)
+    options = dict(mask_id=4, policy=policy, steps=steps, block_length=block_length, shift=False)
+    filled = fill(constant, xt, masked, temperature=data.draw(st.sampled_from([0.0, 1.0])), **options)
+    assert not (filled.xt == 4).any()
+    assert 1 <= int(filled.nfe) <= (length if steps is None else steps)
+
+
 @both_shifts
 @every_policy
 @pytest.mark.parametrize("block_length", [None, 4], ids=["whole", "blocks"])
