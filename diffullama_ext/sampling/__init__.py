@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling by unmasking: :func:`generate` and :func:`infill` with an adapted model, :func:`fill` with any denoiser."""
 
+from .chat import ChatOutput, chat
 from .denoisers import Denoiser, Guided, ModelDenoiser, RowDenoiser
 from .generate import SampleOutput, generate
 from .infill import InfillOutput, infill, parse_spans
@@ -20,6 +21,7 @@ from .state import Decision, Scored, State
 
 __all__ = [
     "POLICIES",
+    "ChatOutput",
     "ConfidencePolicy",
     "Decision",
     "Denoiser",
@@ -38,6 +40,7 @@ __all__ = [
     "State",
     "StepHook",
     "ThresholdPolicy",
+    "chat",
     "fill",
     "generate",
     "infill",

@@ -60,6 +60,7 @@ def denoiser_of(
     negative: Callable[[State], Tensor] | None = None,
     cache: str | None = None,
     measure_drift: bool = False,
+    cuda_graph: bool = False,
 ) -> tuple[RowDenoiser, CachedDenoiser | None]:
     """A model for :func:`fill`, and its cache if it has one.
 
@@ -67,11 +68,18 @@ def denoiser_of(
         real: bool [B, L], rows from column 0, False in the padding after them.
         cfg, negative: weight and other branch of :class:`Guided`; weight 0 is one branch.
         cache: None, or a kind of :class:`~diffullama_ext.sampling.caches.CachedDenoiser`; each branch has its own.
+        cuda_graph: each branch is a :class:`~diffullama_ext.sampling.cuda_graphs.GraphedDenoiser`.
     """
     plain = ModelDenoiser.of_rows(model, real)
     cached = None
+    if cuda_graph and (cache is not None or real.device.type != "cuda"):
+        raise ValueError(f"cuda_graph needs a CUDA device and no cache, got {real.device} and cache={cache!r}")
 
     def branch(measure: bool) -> RowDenoiser:
+        if cuda_graph:
+            from .cuda_graphs import GraphedDenoiser
+
+            return GraphedDenoiser(plain)
         if cache is None:
             return plain
         from .caches import CachedDenoiser
@@ -135,6 +143,7 @@ def generate(
     measure_drift: bool = False,
     logits_hooks: Sequence[LogitsHook] = (),
     done_every: int | None = None,
+    cuda_graph: bool = False,
 ) -> SampleOutput:
     """Continue prompts, or write from nothing, with an adapted model.
 
@@ -157,6 +166,7 @@ def generate(
         cache: "prefix" or "dual" (approximate), "block" (exact, for models trained with block-causal attention); see
             :mod:`diffullama_ext.sampling.caches`. None computes everything in every step.
         measure_drift: run the full forward too and report ``cache_drift``.
+        cuda_graph: capture the forward in the first step and replay it in the others; on CUDA, without a cache.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`fill`; a model that is not adapted; an empty prompt; more tokens
@@ -184,7 +194,13 @@ def generate(
     masked = torch.arange(ids.shape[1], device=device).expand_as(ids) >= prompt.shape[1]
     order = torch.argsort(real.logical_not().to(torch.int8), dim=1, stable=True)  # real tokens first, padding after
     denoise, cached = denoiser_of(
-        model, real.gather(1, order), cfg=cfg, negative=negative, cache=cache, measure_drift=measure_drift
+        model,
+        real.gather(1, order),
+        cfg=cfg,
+        negative=negative,
+        cache=cache,
+        measure_drift=measure_drift,
+        cuda_graph=cuda_graph,
     )
     with evaluating(model):
         filled = fill(
