@@ -59,7 +59,7 @@ def test_one_hot_denoiser_recovers_its_target(one_hot_denoiser, policy, shift, s
 
 
 @every_policy
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_invariants(context_denoiser, policy, data):
     """Fixed positions never change, no mask remains, each step commits in every active row, steps are kept.
@@ -109,7 +109,7 @@ def test_invariants(context_denoiser, policy, data):
 
 
 @every_policy
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_every_policy_ends_at_any_length(policy, data):
     """Lengths to 300, logits that do not change: no mask is left, within the steps."""

@@ -358,3 +358,30 @@ def test_policies_by_name():
 def test_rejects_bad_parameters(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class TakeBackEverything(Policy):
+    """Commits the current block and wants everything masked again, as often as it may."""
+
+    may_wait = True
+
+    def decide(self, stats, state):
+        return Decision(state.active, remask=torch.ones_like(state.masked))
+
+
+def test_what_may_be_taken_back(context_denoiser):
+    """Tokens of the current block, and none in its last step: an earlier block or a given token never."""
+    xt, masked = one_row(25)
+    left = []
+    filled = fill(
+        context_denoiser(VOCAB),
+        xt,
+        masked,
+        mask_id=MASK,
+        policy=TakeBackEverything(),
+        steps=8,
+        block_length=12,
+        on_step=lambda state, stats, decision: left.append((int(state.current), int(state.masked.sum()))),
+    )
+    assert left == [(0, 24)] * 3 + [(0, 12)] + [(1, 12)] * 3 + [(1, 0)]
+    assert not (filled.xt[masked] == MASK).any()
