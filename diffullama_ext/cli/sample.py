@@ -27,6 +27,10 @@ BlockOption = Annotated[int | None, typer.Option(min=1, help="Fill block by bloc
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
 TopKOption = Annotated[int | None, typer.Option(min=1, help="Draw among the k most likely.")]
 TopPOption = Annotated[float, typer.Option(help="Draw among the most likely of this total probability.")]
+CfgOption = Annotated[float, typer.Option(min=0.0, help="Weight of classifier-free guidance.")]
+CacheOption = Annotated[
+    str | None, typer.Option(help="prefix or dual (approximate), or block (models with block-causal attention).")
+]
 CountOption = Annotated[int, typer.Option("-n", "--n", min=1, help="Texts for each input.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Same seed, same text.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -50,13 +54,17 @@ def unescaped(text: str) -> str:
 def sample(
     model: ModelOption,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; \\n, \\t and \\\\ are escapes.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a turn of the model's chat template.")] = False,
     length: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 32,
+    eos: Annotated[bool, typer.Option(help="A text ends at the model's end token.")] = True,
     policy: PolicyOption = "confidence",
     steps: StepsOption = None,
     block_length: BlockOption = None,
     temperature: TemperatureOption = 0.9,
     top_k: TopKOption = None,
     top_p: TopPOption = 0.9,
+    cfg: CfgOption = 0.0,
+    cache: CacheOption = None,
     n: CountOption = 1,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -71,7 +79,7 @@ def sample(
 
     Lines of --in are {"prompt": "..."}, or {} for a text from nothing; "id" is carried over to the results.
     """
-    sampling = Sampling(policy, steps, block_length, temperature, top_k, top_p, seed, n)
+    sampling = Sampling(policy, steps, block_length, temperature, top_k, top_p, seed, n, cfg, cache)
     shown, files = Shown(as_json, html, live), Files(source, out, batch_size)
     with checking_input():
         arguments = sampling.arguments()
@@ -82,16 +90,19 @@ def sample(
         one: Record = {} if prompt is None else {"prompt": unescaped(prompt)}
         _check_prompt(one)
     loaded, tokenizer = load_adapted(model, device)
+    with checking_input():
+        _check_lengths(loaded, tokenizer, [one] if records is None else records, chat, length)
+    arguments |= {"length": length, "eos_id": tokenizer.eos_token_id if eos else None}
 
     def write(inputs: Sequence[Record], sample_index: Tensor, on_step: StepHook | None) -> list[Record]:
-        return _continuations(loaded, tokenizer, inputs, length, arguments, sample_index=sample_index, on_step=on_step)
+        rows = [_prompt_ids(tokenizer, record, chat) for record in inputs]
+        return _continuations(loaded, tokenizer, rows, sample_index=sample_index, on_step=on_step, **arguments)
 
     if records is None:
         run_one("sample", one, write, n, steps or length, tokenizer, shown)
-        return
-    with checking_input():
-        _check_lengths(loaded, tokenizer, records, length, files)
-    run_batches("sample", records, write, n, files, {**vars(sampling), "model": model, "length": length})
+    else:
+        settings = {**vars(sampling), "model": model, "length": length, "chat": chat, "eos": eos}
+        run_batches("sample", records, write, n, files, settings)
 
 
 def _check_prompt(record: Record) -> None:
@@ -102,48 +113,56 @@ def _check_prompt(record: Record) -> None:
         raise ValueError("the prompt must not be empty; leave it out to write from nothing")
 
 
-def _check_lengths(model: Any, tokenizer: Any, records: Sequence[Record], length: int, files: Files) -> None:
-    """Before the first batch of many: every prompt fits."""
+def _check_lengths(model: Any, tokenizer: Any, records: Sequence[Record], chat: bool, length: int) -> None:
+    """Before the first batch of many: every prompt fits, with what is to be written."""
     longest = getattr(model.config, "max_position_embeddings", None)
     for number, record in enumerate(records, start=1):
-        n_tokens = len(_prompt_ids(tokenizer, record)) + length
+        n_tokens = len(_prompt_ids(tokenizer, record, chat)) + length
         if longest is not None and n_tokens > longest:
-            raise ValueError(f"input {number} of {files.source}: {n_tokens} tokens, and the model takes {longest}")
+            raise ValueError(
+                f"input {number} has {n_tokens - length} tokens and gets {length} more, and the model takes {longest}"
+            )
 
 
-def _prompt_ids(tokenizer: Any, record: Record) -> list[int]:
+def _prompt_ids(tokenizer: Any, record: Record, chat: bool) -> list[int]:
+    """No ids where there is no prompt."""
     prompt = record.get("prompt")
     if prompt is None:
         return []
-    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+    if chat:
+        if tokenizer.chat_template is None:
+            raise ValueError("--chat needs a tokenizer with a chat template, and the model's has none")
+        turns = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = list(tokenizer(prompt, add_special_tokens=not chat, verbose=False)["input_ids"])  # templates have their own
     if not ids:
         raise ValueError(f"the prompt must have a token, got {prompt!r}, which has none")
     return ids
 
 
 def _continuations(
-    model: Any, tokenizer: Any, inputs: Sequence[Record], length: int, arguments: dict[str, Any], **keyed: Any
+    model: Any, tokenizer: Any, rows: Sequence[list[int]], *, n: int, length: int, **arguments: Any
 ) -> list[Record]:
-    """Results for inputs that all have a prompt, or of which none has one."""
+    """Results for prompts, all of them with tokens or none with one."""
     import torch
 
     from ..sampling import generate
 
-    rows = [_prompt_ids(tokenizer, record) for record in inputs]
     longest = max(map(len, rows))
     if longest:
         prompts = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        out = generate(model, length=length, prompt_ids=prompts, attention_mask=real, **arguments, **keyed)
+        out = generate(model, length=length, prompt_ids=prompts, attention_mask=real, n=n, **arguments)
     else:
-        arguments = {**arguments, "n": arguments["n"] * len(rows)}
-        out = generate(model, length=length, **arguments, **keyed)
-    n = len(out.sequences) // len(rows)
+        out = generate(model, length=length, n=n * len(rows), **arguments)
     results = []
-    for index, (sequence, nfe) in enumerate(zip(out.sequences.tolist(), out.nfe.tolist(), strict=True)):
-        ids, written = rows[index // n], sequence[len(sequence) - length :]
-        text, completion = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids + written, written))
-        results.append({"text": text, "completion": completion, "nfe": nfe})
+    figures = zip(out.sequences.tolist(), out.nfe.tolist(), out.completion_tokens.tolist(), strict=True)
+    for index, (sequence, nfe, n_tokens) in enumerate(figures):
+        written = sequence[len(sequence) - length :][:n_tokens]
+        text, completion = (
+            tokenizer.decode(ids, skip_special_tokens=True) for ids in (rows[index // n] + written, written)
+        )
+        results.append({"text": text, "completion": completion, "tokens": n_tokens, "nfe": nfe})
     return results
 
 
@@ -159,6 +178,8 @@ def infill(
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = None,
     top_p: TopPOption = 1.0,
+    cfg: CfgOption = 0.0,
+    cache: CacheOption = None,
     n: CountOption = 1,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -177,7 +198,7 @@ def infill(
     """
     from ..sampling import infill as infill_text
 
-    sampling = Sampling(policy, steps, block_length, temperature, top_k, top_p, seed, n)
+    sampling = Sampling(policy, steps, block_length, temperature, top_k, top_p, seed, n, cfg, cache)
     shown, files = Shown(as_json, html, live), Files(source, out, batch_size)
     with checking_input():
         arguments = sampling.arguments()

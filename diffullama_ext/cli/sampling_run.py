@@ -39,6 +39,8 @@ class Sampling:
     top_p: float
     seed: int
     n: int
+    cfg: float
+    cache: str | None
 
     def arguments(self) -> dict[str, Any]:
         """Keywords of the call; ValueError where the policy's text is wrong."""

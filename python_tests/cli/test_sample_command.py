@@ -3,12 +3,15 @@
 
 import json
 import re
+import shutil
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffullama_ext.cli import sampling_run
 from diffullama_ext.cli.policy_option import parse_policy
-from diffullama_ext.sampling import POLICIES, ConfidencePolicy, ThresholdPolicy
+from diffullama_ext.integrations import prepare
+from diffullama_ext.sampling import POLICIES, ConfidencePolicy, ThresholdPolicy, generate
 
 PROMPTS = [r'{"prompt": "def add(", "id": "a"}', "{}", "", r'{"prompt": "class Counter:\n    n"}', '{"prompt": null}']
 
@@ -96,6 +99,9 @@ def test_infilling_keeps_both_sides_and_escapes_can_be_off(infill):
         ("sample", ("--steps", 0), "Invalid value for '--steps'"),
         ("sample", ("--length", 8, "--steps", 2, "--block-length", 2), "steps must be at least the 4 blocks"),
         ("sample", ("--prompt", ""), "the prompt must not be empty"),
+        ("sample", ("--prompt", "x", "--chat"), "--chat needs a tokenizer with a chat template"),
+        ("sample", ("--length", 4, "--cache", "magic"), "got 'magic'"),
+        ("infill", ("--text", "a [MASK:2]", "--cfg", -1), "Invalid value for '--cfg'"),
         ("sample", ("--html", "/no/such/folder/run.html"), "--html must be a file in a folder that is there"),
         ("sample", ("--out", "x.jsonl"), "--out needs --in"),
         ("sample", ("--in", "/no/such.jsonl"), "No such file"),
@@ -116,6 +122,53 @@ def test_wrong_options_are_one_line(fails, adapted_model, command, options, text
 )
 def test_models_that_cannot_be_sampled_from(fails, models, command, name, text):
     fails(2, (text,), *command, "--model", models / name, "--device", "cpu")
+
+
+def test_guidance_and_caches_reach_the_model(sample, infill):
+    """Guidance takes two forwards a step; with a block a token long, the prefix cache changes no text of one block."""
+    plain, guided = (json.loads(sample("--prompt", "def", "--json", *o).stdout) for o in ((), ("--cfg", 2)))
+    assert (guided["nfe"], guided["completion"] != plain["completion"]) == (12, True)
+    cached = sample("--prompt", "def", "--json", "--cache", "prefix", "--block-length", 6)
+    assert json.loads(cached.stdout)["nfe"] == 6
+    assert infill("--text", "def [MASK:4]", "--cfg", 1, "--cache", "dual", "--block-length", 2).exit_code == 0
+
+
+def test_a_text_ends_at_the_end_token(sample, adapted_model, tmp_path):
+    """The greedy text's own third token is made the end token."""
+    options = ("--prompt", "def", "--temperature", 0, "--json", "--block-length", 1)
+    whole = json.loads(sample(*options, "--no-eos").stdout)
+    assert whole["tokens"] == 6
+    tokenizer = AutoTokenizer.from_pretrained(adapted_model)
+    model = AutoModelForCausalLM.from_pretrained(adapted_model)
+    ids = (
+        generate(
+            prepare(model),
+            length=6,
+            prompt_ids=tokenizer("def", return_tensors="pt")["input_ids"],
+            temperature=0.0,
+            block_length=1,
+        )
+        .sequences[0, -6:]
+        .tolist()
+    )
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[2])
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ended = json.loads(sample(*options, "--model", tmp_path).stdout)
+    n_tokens = ids.index(ids[2]) + 1
+    assert ended["tokens"] == n_tokens
+    assert ended["completion"] == tokenizer.decode(ids[: n_tokens - 1], skip_special_tokens=True)
+    assert json.loads(sample(*options, "--model", tmp_path, "--no-eos").stdout)["tokens"] == 6
+
+
+def test_a_chat_template_is_put_around_the_prompt(sample, adapted_model, tmp_path):
+    shutil.copytree(adapted_model, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant> "
+    tokenizer.save_pretrained(tmp_path / "chat")
+    result = sample("--model", tmp_path / "chat", "--prompt", "x", "--chat")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("<user> x\n<assistant> ")
 
 
 def test_page_and_live_view(sample, infill, tmp_path):
@@ -212,7 +265,11 @@ def test_infilling_a_file(infill, tmp_path):
         ("sample", "[1]", "line 1: must be a JSON object"),
         ("sample", '{"prompt"', "line 1: Expecting"),
         ("sample", "\n \n", "has no line"),
-        ("sample", '{"prompt": "a"}\n' + json.dumps({"prompt": "a b " * 20}), "input 2 of"),
+        (
+            "sample",
+            '{"prompt": "a"}\n' + json.dumps({"prompt": "a b " * 20}),
+            "input 2 has 41 tokens and gets 6 more, and the model takes 32",
+        ),
         ("infill", '{"text": "no span"}', "line 1: text must have a span"),
         ("infill", '{"prompt": "[MASK:1]"}', 'line 1: "text" must be a text with spans'),
         ("infill", '{"text": "[MASK:1]"}\n{"text": "[MASK:40]"}', "inputs 1 to 2 of"),
