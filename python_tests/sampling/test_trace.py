@@ -131,6 +131,21 @@ def test_memory_is_bounded_and_the_whole_run_stays(context_denoiser, frames):
     torch.testing.assert_close(at_commit[masked], full.confidence[masked])
 
 
+@pytest.mark.parametrize("policy", ["p2", "remdm"])
+def test_merged_frames_keep_the_statistics_of_commits(context_denoiser, policy):
+    """Of policies that look at visible tokens again and take some back."""
+    trace, _, _, masked, _ = record(context_denoiser, policy, steps=12, length=40)
+    assert trace.n_remasked.sum() > 0 or policy == "remdm"
+    history = trace.history(max_frames=3)
+    stays = history.committed & ~history.masked
+    last = stays.flip(0).int().argmax(dim=0)  # from the end
+    at = (len(history.step) - 1 - last)[None]
+    for name in ("prob", "entropy"):
+        then = getattr(history, name).gather(0, at)[0]
+        own = trace.confidence if name == "prob" else trace.entropy
+        assert torch.equal(then[masked], own[masked])
+
+
 def test_fewer_frames_can_be_asked_for(context_denoiser):
     trace, filled, seen, *_ = record(context_denoiser, length=40)
     history = trace.history(max_frames=4)
