@@ -15,7 +15,7 @@ from diffullama_ext import linear_shifted_cross_entropy, mask_tokens
 from diffullama_ext.integrations import adapt
 from diffullama_ext.objective import draw_t
 
-START, PLUS, EQUALS, MASK_ID, VOCAB = 10, 11, 12, 13, 14  # behind the ten digits
+START, MASK_ID, VOCAB = 10, 11, 12  # behind the ten digits
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,20 @@ class Task:
 
 
 def addition(digits: int) -> Task:
-    """a + b = c with leading zeros, c to be filled. Pairs whose sum is a multiple of 7 are held out."""
-    trained = torch.arange(3 * digits + 4) >= 2 * digits + 3
+    """a + b = c in columns, least significant first: a0 b0 c0 a1 b1 c1 ..., then c's last digit; all of c to be filled.
+
+    Pairs whose sum is a multiple of 7 are held out.
+    """
+    columns = torch.arange(3 * digits + 2)
+    trained = (columns > 0) & ((columns % 3 == 0) | (columns == 3 * digits + 1))
 
     def draw(n: int, held_out: bool, generator: torch.Generator) -> Tensor:
         pairs = torch.randint(10**digits, (20 * n + 100, 2), generator=generator)
         a, b = pairs[(pairs.sum(dim=1) % 7 == 0) == held_out][:n].T
-        parts = [_digits(a, digits), _digits(b, digits), _digits(a + b, digits + 1)]
-        marks = [torch.full((n, 1), mark) for mark in (START, PLUS, EQUALS)]
-        return torch.cat([piece for pair in zip(marks, parts, strict=True) for piece in pair], dim=1)
+        powers = 10 ** torch.arange(digits + 1)
+        by_digit = torch.stack((a, b, a + b), dim=1)[:, None] // powers[:, None] % 10  # [n, digits + 1, 3]
+        written = torch.cat((by_digit[:, :-1].flatten(1), by_digit[:, -1, 2:]), dim=1)
+        return F.pad(written, (1, 0), value=START)
 
     return Task(
         "addition",
@@ -56,11 +61,6 @@ def addition(digits: int) -> Task:
         lambda x0, generator: trained.expand_as(x0),
         lambda filled, x0: (filled == x0).all(dim=1),
     )
-
-
-def _digits(value: Tensor, n: int) -> Tensor:
-    """Most significant first, [len(value), n]."""
-    return value[:, None] // 10 ** torch.arange(n - 1, -1, -1) % 10
 
 
 def sudoku(givens: int) -> Task:

@@ -20,8 +20,12 @@ def read_records(path: Path, check: Callable[[Record], object]) -> list[Record]:
         ValueError: a line that is not a JSON object, or that ``check`` refuses, with its number; no line at all.
         OSError: the file cannot be read.
     """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -101,7 +101,7 @@ def run_one(title: str, record: Record, write: Write, n: int, total_steps: int, 
         with checking_input():
             results = write([record], torch.arange(n), _all_of(hooks))
     if shown.html is not None:
-        write_page(shown.html, trace, text_of, title=f"{title}: {total_steps} steps")
+        write_page(shown.html, trace, text_of, title=f"{title}: {trace.steps} steps")
     _print(results, shown.as_json)
 
 

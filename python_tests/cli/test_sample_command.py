@@ -285,6 +285,13 @@ def test_a_wrong_input_line_is_named_before_anything_is_written(fails, adapted_m
     assert not out.exists() or not out.read_text()
 
 
+def test_a_file_that_is_not_text_and_an_output_that_cannot_be(fails, sample, adapted_model, prompts, tmp_path):
+    command = ("sample", "--model", adapted_model, "--device", "cpu", "--length", 6, "--in")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
+    fails(2, ("is not UTF-8 text (byte 12)",), *command, tmp_path / "latin.jsonl")
+    fails(2, ("No such file or directory",), *command, prompts, "--out", tmp_path / "no" / "out.jsonl")
+
+
 @pytest.mark.parametrize("option", [("--prompt", "x"), ("--live",), ("--html", "x.html")])
 def test_a_file_goes_with_no_option_of_one_input(fails, adapted_model, prompts, option):
     fails(2, ("--in",), "sample", "--model", adapted_model, "--in", prompts, *option)
