@@ -133,8 +133,10 @@ def _prompt_ids(tokenizer: Any, record: Record, chat: bool) -> list[int]:
         if tokenizer.chat_template is None:
             raise ValueError("--chat needs a tokenizer with a chat template, and the model's has none")
         turns = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    ids = list(tokenizer(prompt, add_special_tokens=not chat, verbose=False)["input_ids"])  # templates have their own
+        coded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
+    else:
+        coded = tokenizer(prompt, verbose=False)
+    ids = list(coded["input_ids"])
     if not ids:
         raise ValueError(f"the prompt must have a token, got {prompt!r}, which has none")
     return ids
