@@ -20,6 +20,7 @@ from .bench import bench
 from .demo import demo
 from .errors import BAD_INPUT, FAILED, INTERRUPTED, OK, BadInput, one_line
 from .info import info
+from .policy_option import SamplingCommand
 from .sample import infill, sample
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # of the click that this typer is built on
@@ -93,8 +94,8 @@ def _root(
 
 app.command()(demo)
 app.command()(adapt)
-app.command()(sample)
-app.command()(infill)
+app.command(cls=SamplingCommand)(sample)
+app.command(cls=SamplingCommand)(infill)
 app.command()(bench)
 app.command()(info)
 

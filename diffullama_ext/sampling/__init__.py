@@ -7,6 +7,7 @@ from .generate import SampleOutput, generate
 from .infill import InfillOutput, infill, parse_spans
 from .logits_hooks import Forbidden, Forced, LogitsHook
 from .loop import Filled, StepHook, fill
+from .page import trace_page, write_page
 from .policies import (
     POLICIES,
     ConfidencePolicy,
@@ -18,6 +19,8 @@ from .policies import (
     register,
 )
 from .state import Decision, Scored, State
+from .token_text import token_text
+from .trace import History, Trace
 
 __all__ = [
     "POLICIES",
@@ -29,6 +32,7 @@ __all__ = [
     "Forbidden",
     "Forced",
     "Guided",
+    "History",
     "InfillOutput",
     "LogitsHook",
     "ModelDenoiser",
@@ -40,6 +44,7 @@ __all__ = [
     "State",
     "StepHook",
     "ThresholdPolicy",
+    "Trace",
     "chat",
     "fill",
     "generate",
@@ -48,4 +53,7 @@ __all__ = [
     "parse_spans",
     "policy_parameters",
     "register",
+    "token_text",
+    "trace_page",
+    "write_page",
 ]

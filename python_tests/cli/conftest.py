@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from diffullama_ext.cli.main import app
 from diffullama_ext.data import train_tokenizer
+from diffullama_ext.integrations import adapt, load_causal_lm
 
 TEXT = "def add(a, b):\n    return a + b\n\n\nclass Counter:\n    n = 0\n" * 40
 
@@ -62,6 +63,17 @@ def models(tmp_path_factory) -> Path:
     (root / "weights").mkdir()
     (root / "weights" / "model.safetensors").write_bytes(b"none")
     return root
+
+
+@pytest.fixture(scope="session")
+def adapted_model(models, tmp_path_factory) -> Path:
+    """gpt2 made a diffusion model, not trained; it takes 32 tokens."""
+    model, tokenizer = load_causal_lm(models / "gpt2")
+    adapt(model, tokenizer)
+    out = tmp_path_factory.mktemp("adapted-model")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`diffullama adapt` and then `sample` and `infill`, on a model and data of the user's."""
+"""`diffullama adapt`, on a model and data of the user's."""
 
 import json
 import os
@@ -120,56 +120,3 @@ def test_options_that_do_not_fit(fails, models, text_file, tmp_path, options, te
 def test_a_folder_with_something_in_it_is_left_alone(fails, models, text_file, tmp_path):
     arguments = ("--model", models / "gpt2", "--data", text_file, "--out", tmp_path)
     fails(2, ("is not empty",), "adapt", *arguments, *QUICK)
-
-
-def test_sampling_continues_a_prompt_and_repeats_by_seed(run, adapted):
-    arguments = ("sample", "--model", adapted[1], "--device", "cpu", "--prompt", r"def f1(a):\n", "--length", 8)
-    texts = [run(*arguments, "--seed", seed).stdout for seed in (3, 3, 4)]
-    assert texts[0].startswith("def f1(a):\n")
-    assert texts[0] == texts[1] != texts[2]
-
-
-@pytest.mark.parametrize(
-    "options", [("--policy", "random", "--steps", 3), ("--policy", "threshold", "--threshold", 0.5), ("--top-k", 5)]
-)
-def test_policies(run, adapted, options):
-    result = run(
-        "sample", "--model", adapted[1], "--device", "cpu", "--length", 6, "-n", 2, "--block-length", 3, *options
-    )
-    assert result.exit_code == 0, result.output
-    assert result.stdout.count("--- ") == 2
-
-
-def test_infilling_keeps_both_sides_and_escapes_can_be_off(run, adapted):
-    arguments = ("infill", "--model", adapted[1], "--device", "cpu")
-    escaped = run(*arguments, "--text", r"def f(a):\n\t[MASK:3] \\n end")
-    assert escaped.exit_code == 0, escaped.output
-    assert escaped.stdout.startswith("def f(a):\n\t")
-    assert escaped.stdout.endswith(" \\n end\n")
-    raw = run(*arguments, "--no-escapes", "--text", r"def f(a):\n[MASK:3]")
-    assert raw.stdout.startswith(r"def f(a):\n")
-
-
-@pytest.mark.parametrize(
-    ("command", "options", "text"),
-    [
-        ("sample", ("--policy", "psychic"), "got 'psychic'"),
-        ("sample", ("--threshold", 0.5), "policy 'confidence' has the parameters"),
-        ("sample", ("--length", 4, "--top-p", 0.0), "top_p must be in (0, 1], got 0.0"),
-        ("sample", ("--length", 40), "and the model takes 32"),
-        ("infill", ("--text", "nothing to fill"), "text must have a span [MASK:n] to fill"),
-        ("infill", ("--text", "[MASK:many]"), "text must mark spans as [MASK:n]"),
-    ],
-    ids=["policy", "threshold", "top-p", "length", "no-span", "bad-span"],
-)
-def test_wrong_options_of_sampling(fails, adapted, command, options, text):
-    fails(2, (text,), command, "--model", adapted[1], "--device", "cpu", *options)
-
-
-@pytest.mark.parametrize("command", [("sample",), ("infill", "--text", "[MASK:3]")], ids=["sample", "infill"])
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("gpt2", "mask_token_id=None"), ("t5", "is not a causal language model"), ("nowhere", "no such directory")],
-)
-def test_models_that_cannot_be_sampled_from(fails, models, command, name, text):
-    fails(2, (text,), *command, "--model", models / name, "--device", "cpu")
