@@ -2,7 +2,8 @@
 """Accuracy against model forwards for every decoding policy: `python -m benchmarks.policy_table [OUT]`.
 
 Trains one small model for each task (benchmarks/policy_tasks.py), then every registered policy solves the same held-out
-puzzles greedily with the same seed, given several numbers of steps. OUT gets policies.json and policies.md.
+puzzles greedily with the same seed, given several numbers of steps. OUT (by default under benchmarks/results) gets
+policies.json and policies.md.
 """
 
 import json
@@ -93,6 +94,7 @@ def table(about: str, results: Sequence[Result]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Train, solve, print and save."""
     torch.set_num_threads(1)  # these matrices are too small for more to help
+    run: dict[str, Any] = machine("cpu") | {"seed": SEED, "training_steps": TRAINING_STEPS}
     begun, tables, results = time.perf_counter(), [], []
     for task in (sudoku(givens=4), addition(digits=4)):
         model = train(task, steps=TRAINING_STEPS[task.name])
@@ -101,10 +103,9 @@ def main(arguments: Sequence[str]) -> None:
         tables.append(table(task.about, of_task))
         print(tables[-1], flush=True)
         results += of_task
-    run: dict[str, Any] = machine("cpu") | {"seed": SEED, "training_steps": TRAINING_STEPS}
     run["seconds"], run["cpu_seconds"] = round(time.perf_counter() - begun), round(time.process_time())
     run["results"] = [asdict(r) | dict(zip(("low", "high"), r.interval(), strict=True)) for r in results]
-    out = Path(arguments[0]) if arguments else RESULTS / run["machine"]
+    out = Path(arguments[0]) if arguments else RESULTS / run["machine"] / "policies"
     out.mkdir(parents=True, exist_ok=True)
     (out / "policies.json").write_text(json.dumps(run, indent=1) + "\n")
     (out / "policies.md").write_text("\n\n".join(tables) + "\n")
