@@ -16,6 +16,7 @@ from .logits_hooks import LogitsHook
 from .loop import StepHook, fill
 from .policies import Policy
 from .state import State, check_count
+from .trace import Trace, recording
 
 if TYPE_CHECKING:
     from .caches import CachedDenoiser, CacheDrift
@@ -28,6 +29,7 @@ class SampleOutput(NamedTuple):
     nfe: Tensor  # [B] int64, model forwards while the row had a mask
     completion_tokens: Tensor  # [B] int64, what was generated, up to and with the first eos_id if one was given
     cache_drift: CacheDrift | None = None  # where it was measured
+    trace: Trace | None = None  # where it was asked for
 
 
 def start_token(*sources: object) -> int | None:
@@ -136,6 +138,7 @@ def generate(
     sample_index: Tensor | None = None,
     start_id: int | None = None,
     on_step: StepHook | None = None,
+    trace: bool = False,
     eos_id: int | None = None,
     cfg: float = 0.0,
     negative: Callable[[State], Tensor] | None = None,
@@ -158,8 +161,10 @@ def generate(
         attention_mask: int64 or bool [B, P], 0 for padding; None means no padding.
         n: sequences for each prompt, next to each other; without a prompt, the number of sequences.
         start_id: the start token where there is no prompt; None takes the model's bos id, else its eos id.
-        steps, policy, block_length, temperature, top_k, top_p, seed, sample_index, on_step, logits_hooks, done_every:
-            see :func:`fill`; ``sample_index`` counts the B * n sequences.
+        steps, policy, temperature, top_k, top_p, seed, sample_index, on_step, logits_hooks, done_every: see
+            :func:`fill`; ``sample_index`` counts the B * n sequences.
+        block_length: see :func:`fill`; it must divide ``length``.
+        trace: record the run, see :class:`Trace`; a Trace with other limits can be given as ``on_step``.
         eos_id: ends a row, see :func:`fill`; None lets it write ``length`` tokens whatever they are.
         cfg, negative: weight and other branch of classifier-free guidance, see :class:`Guided`; 0 is none. It takes two
             forwards a step, and ``nfe`` counts both.
@@ -175,6 +180,10 @@ def generate(
     mask_id, shift = mask_and_shift(model)
     check_count("length", length)
     check_count("n", n)
+    if block_length is not None:
+        check_count("block_length", block_length)
+        if length % block_length:
+            raise ValueError(f"block_length must divide length {length}, got {block_length}")
     device = next(model.parameters()).device
     first = None
     if prompt_ids is None:
@@ -202,6 +211,7 @@ def generate(
         measure_drift=measure_drift,
         cuda_graph=cuda_graph,
     )
+    hook, record = recording(on_step, trace)
     with evaluating(model):
         filled = fill(
             denoise,
@@ -217,7 +227,7 @@ def generate(
             top_p=top_p,
             seed=seed,
             sample_index=sample_index,
-            on_step=on_step,
+            on_step=hook,
             logits_hooks=logits_hooks,
             eos_id=eos_id,
             done_every=done_every,
@@ -225,4 +235,4 @@ def generate(
     sequences = torch.empty_like(ids).scatter_(1, order, filled.xt)
     completion = count_completion(sequences[:, -length:], eos_id)
     drift = None if cached is None else cached.drift()
-    return SampleOutput(sequences if first is None else sequences[:, 1:], filled.nfe, completion, drift)
+    return SampleOutput(sequences if first is None else sequences[:, 1:], filled.nfe, completion, drift, record)

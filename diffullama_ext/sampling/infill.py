@@ -16,6 +16,7 @@ from .logits_hooks import LogitsHook
 from .loop import StepHook, fill
 from .policies import Policy
 from .state import State, check_count
+from .trace import Trace, recording
 
 _SPAN = re.compile(r"\[MASK:(\d+)\]")
 _MALFORMED = re.compile(r"\[MASK:(?!\d+\])[^\]\n]{0,20}\]?")
@@ -27,6 +28,7 @@ class InfillOutput(NamedTuple):
     texts: list[str]  # the whole text: what was given, character for character, and what was filled in
     fills: list[list[str]]  # what was filled in, span by span
     nfe: Tensor  # [B] int64, model forwards while the row had a mask
+    trace: Trace | None = None  # where it was asked for
 
 
 def parse_spans(text: str) -> list[str | int]:
@@ -117,6 +119,7 @@ def infill(
     sample_index: Tensor | None = None,
     start_id: int | None = None,
     on_step: StepHook | None = None,
+    trace: bool = False,
     cfg: float = 0.0,
     negative: Callable[[State], Tensor] | None = None,
     cache: str | None = None,
@@ -134,7 +137,7 @@ def infill(
             bos id, else the eos id, of the tokenizer, else of the model.
         steps, policy, block_length, temperature, top_k, top_p, seed, sample_index, on_step, logits_hooks, done_every:
             see :func:`fill`; ``sample_index`` counts the sequences.
-        cfg, negative, cache: see :func:`generate`.
+        trace, cfg, negative, cache: see :func:`generate`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`fill`; a text without a span or with a malformed one; a model
@@ -158,6 +161,7 @@ def infill(
     lengths = torch.tensor([len(ids) for ids, _ in rows], device=device)
     real = torch.arange(length, device=device) < lengths[:, None]
     denoise, _ = denoiser_of(model, real, cfg=cfg, negative=negative, cache=cache)
+    hook, record = recording(on_step, trace)
     with evaluating(model):
         filled = fill(
             denoise,
@@ -173,10 +177,10 @@ def infill(
             top_p=top_p,
             seed=seed,
             sample_index=sample_index,
-            on_step=on_step,
+            on_step=hook,
             logits_hooks=logits_hooks,
             done_every=done_every,
         )
     written = [ids[row].tolist() for ids, row in zip(filled.xt, masked, strict=True)]
     results = [_texts(pieces, ids, codec) for pieces, ids in zip(all_pieces, written, strict=True)]
-    return InfillOutput([whole for whole, _ in results], [fills for _, fills in results], filled.nfe)
+    return InfillOutput([whole for whole, _ in results], [fills for _, fills in results], filled.nfe, record)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import check_int
 from ..functional import TokenStats
+from .loop import StepHook
 from .state import Decision, State
 
 ABSENT = -1  # in place of a token or a step where there is none
@@ -207,3 +208,17 @@ class Trace:
             else {}
         )
         return {name: value.numpy() for name, value in {**self.history()._asdict(), **per_position}.items()}
+
+
+def recording(on_step: StepHook | None, trace: bool) -> tuple[StepHook | None, Trace | None]:
+    """The hook to run with, and the :class:`Trace` that it fills where one was asked for."""
+    if not trace:
+        return on_step, None
+    record = Trace()
+
+    def both(state: State, stats: TokenStats, written: Decision) -> None:
+        record(state, stats, written)
+        if on_step is not None:
+            on_step(state, stats, written)
+
+    return both, record

@@ -57,7 +57,7 @@ def padded(prompts, side, pad=0):
 
 
 @pytest.mark.parametrize("policy", ["random", "confidence", "threshold"])
-@pytest.mark.parametrize("block_length", [None, 4], ids=["whole", "blocks"])
+@pytest.mark.parametrize("block_length", [None, 3], ids=["whole", "blocks"])
 def test_text_depends_neither_on_padding_nor_on_batch_mates(model, policy, block_length):
     options = dict(length=9, steps=5, policy=policy, block_length=block_length, seed=3, top_p=0.9)
     ids, mask = padded(PROMPTS, "left")
@@ -75,6 +75,24 @@ def test_text_depends_neither_on_padding_nor_on_batch_mates(model, policy, block
         alone = generate(model, prompt_ids=torch.tensor([prompt]), sample_index=torch.tensor([row]), **options)
         assert torch.equal(alone.sequences[0, -9:], left.sequences[row, 7:])
     assert len({tuple(row) for row in left.sequences[:, 7:].tolist()}) == 3
+
+
+def test_a_trace_of_the_run_can_be_asked_for(model):
+    """Beside a hook of one's own; it changes nothing."""
+    steps = []
+    options = dict(length=6, steps=3, seed=4)
+    plain = generate(model, **options)
+    out = generate(model, **options, trace=True, on_step=lambda state, stats, written: steps.append(state.step))
+    assert plain.trace is None
+    assert torch.equal(out.sequences, plain.sequences)
+    assert steps == [0, 1, 2]
+    assert out.trace.history().xt.shape == (3, 1, 7)
+    assert sorted(set(out.trace.commit_step[0].tolist())) == [-1, 0, 1, 2]  # -1: the start token
+
+
+def test_blocks_must_divide_the_text(model):
+    with pytest.raises(ValueError, match=r"block_length must divide length 9, got 4"):
+        generate(model, length=9, block_length=4)
 
 
 def test_a_prompt_row_equals_fill_by_hand(model):
