@@ -16,6 +16,7 @@ from hypothesis import settings
 from diffullama_ext import build_info
 
 CUDA_KERNELS = {
+    "attention",
     "annealed_mask",
     "fragment_mask",
     "id_mask",
