@@ -113,43 +113,40 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocksPerSm)
   constexpr int kRows = kTile.rows, kColumns = kTile.columns, kStages = kTile.stages;
   constexpr int kM = kRows / (16 * kAttentionWarps), kN = kColumns / 8;
   T* const q_tile = dynamic_shared<T>();
-  T* const ring = q_tile + kRows * D;
+  Ring<T, kColumns, D, kStages> ring{q_tile + kRows * D};
 
   // The last queries first: under a causal order they have the most keys.
   const int row_tiles = (p.Lq + kRows - 1) / kRows, head = static_cast<int>(blockIdx.x / row_tiles);
   const int b = head / p.H, h = head % p.H, q0 = (row_tiles - 1 - static_cast<int>(blockIdx.x % row_tiles)) * kRows;
   const int kv_head = h / (p.H / p.Hkv), row0 = 16 * kM * warp_of(), lane_row = q0 + row0 + lane_of() % (16 * kM);
-  const T* const q = static_cast<const T*>(p.q.data) + b * p.q.batch + h * p.q.head + q0 * p.q.row;
-  const T* const k = static_cast<const T*>(p.k.data) + b * p.k.batch + kv_head * p.k.head;
-  const T* const v = static_cast<const T*>(p.v.data) + b * p.v.batch + kv_head * p.v.head;
-  const SequenceMask mask(p.mask, b, p.Lq, p.Lk);
+  const SequenceMask mask{p.mask, b, p.Lq, p.Lk};
   const auto class_of = [&](int n) { return mask.tile<kRows, kColumns>(q0, n * kColumns); };
   TileWalk walk(0, (p.Lk + kColumns - 1) / kColumns, class_of), ahead = walk;
 
-  int issued = 0;  // items of the ring: K and V of each tile to visit, in turn
-  const auto issue = [&] {
+  // Items of the ring: K (kItem 0) and V (1) of each tile to visit, in turn.
+  const auto issue = [&](auto item, T* tile) {
+    constexpr bool kSecond = decltype(item)::value % 2 == 1;
     if (!ahead.done()) {
+      const AttentionOperand& operand = kSecond ? p.v : p.k;
       const int k0 = ahead.at * kColumns;
-      const AttentionOperand& operand = issued % 2 ? p.v : p.k;
-      load_tile<kColumns, D>(ring + issued % kStages * (kColumns * D), (issued % 2 ? v : k) + k0 * operand.row,
-                             operand.row, p.Lk - k0);
-      if (issued % 2) ahead.next();
+      load_tile<kColumns, D>(tile, row_of<T>(operand, b, kv_head, k0), operand.row, p.Lk - k0);
+      if (kSecond) ahead.next();
     }
     cp_async_commit();
-    ++issued;
   };
-  int taken = 0;
-  // The next item: those before it are used up, so the buffer before it is filled again.
-  const auto take = [&] {
+  // The next item. Those before it are used up, so the buffer of the last one is filled with the item kStages after it.
+  const auto take = [&](auto item) {
     cp_async_wait<kStages - 2>();
     __syncthreads();
-    issue();
-    return ring + taken++ % kStages * (kColumns * D);
+    issue(Item<decltype(item)::value + kStages - 1>{}, ring.behind(1));
+    return ring.use();
   };
 
-  load_tile<kRows, D>(q_tile, q, p.q.row, p.Lq - q0);
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) issue();
+  load_tile<kRows, D>(q_tile, row_of<T>(p.q, b, h, q0), p.q.row, p.Lq - q0);
+  issue(Item<0>{}, ring.at(0));
+  if constexpr (kStages > 2) issue(Item<1>{}, ring.at(1));
+  if constexpr (kStages > 3) issue(Item<2>{}, ring.at(2));
+  static_assert(2 <= kStages && kStages <= 4);
 
   const float scale = log2_scale(p.scale);
   RowState<kM> row;
@@ -161,12 +158,12 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocksPerSm)
       for (int j = 0; j < kN / 4; ++j) words[j] = mask.word(lane_row, walk.at * (kColumns / 32) + j);
     }
     float s[kM][kN][4];
-    multiply_transposed<T, D>(s, q_tile, row0, take());
+    multiply_transposed<T, D>(s, q_tile, row0, take(Item<0>{}));
     if (walk.held == TileClass::kBits) forbid(s, words, 0);
     softmax_step(s, out, row, scale);
     uint32_t probabilities[kM][kN / 2][4];
     as_left<T>(probabilities, s);
-    multiply_add<T, D>(out, probabilities, take());
+    multiply_add<T, D>(out, probabilities, take(Item<1>{}));
   }
 
   const int n_rows = p.Lq - q0 - row0;

@@ -8,6 +8,7 @@
 //   ring : tiles of dO and Q in turn. Both are needed to the end of a step, so it refills at the step's start
 // At D = 256 one launch makes dK and another dV: together their accumulators are more than a thread's registers.
 // Not yet measured on GPU.
+// ptxas spills at most 32 B of attention_key_gradient_kernel, at D = 64, 128 (sm_80) and 256: it needs every register.
 #include "../common/launch.h"
 #include "attention_scores.cuh"
 
@@ -41,66 +42,58 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocksPerSm)
   constexpr int kM = kRows / (16 * kAttentionWarps), kN = kColumns / 8;
   T* const k_tile = dynamic_shared<T>();
   T* const v_tile = k_tile + kRows * D;
-  T* const ring = v_tile + kRows * D;
-  QueryStatistics* const statistics = reinterpret_cast<QueryStatistics*>(ring + kStages * kColumns * D);
+  Ring<T, kColumns, D, kStages> ring{v_tile + kRows * D};
+  QueryStatistics* const statistics = reinterpret_cast<QueryStatistics*>(ring.at(kStages));
 
   const int row_tiles = (p.Lk + kRows - 1) / kRows, kv_head = static_cast<int>(blockIdx.x / row_tiles);
   const int b = kv_head / p.Hkv, hkv = kv_head % p.Hkv, k0 = static_cast<int>(blockIdx.x % row_tiles) * kRows;
   const int group = p.H / p.Hkv, row0 = 16 * kM * warp_of(), query_tiles = (p.Lq + kColumns - 1) / kColumns;
-  const T* const k = static_cast<const T*>(p.k.data) + b * p.k.batch + hkv * p.k.head + k0 * p.k.row;
-  const T* const v = static_cast<const T*>(p.v.data) + b * p.v.batch + hkv * p.v.head + k0 * p.v.row;
-  const SequenceMask mask(p.mask, b, p.Lq, p.Lk);
+  const SequenceMask mask{p.mask, b, p.Lq, p.Lk};
   // Tiles of queries, head by head.
   const auto class_of = [&](int i) { return mask.tile<kColumns, kRows>(i % query_tiles * kColumns, k0); };
   TileWalk walk(0, group * query_tiles, class_of), ahead = walk;
 
-  // Items of the ring: dO and Q of each tile to visit, in turn; only for dV the other way round, as they are used.
-  constexpr int kFirstIsDout = kDk ? 1 : 0;
-  int issued = 0, taken = 0;
-  const auto issue = [&] {
+  // Items of the ring: dO (kItem 0) and Q (1) of each tile to visit, in turn; only for dV the other way round, as they
+  // are used. The statistics come with the first, for the tile of this parity.
+  const auto issue = [&](auto item, T* tile, int parity) {
+    constexpr bool kSecond = decltype(item)::value % 2 == 1;
     if (!ahead.done()) {
       const int head = hkv * group + ahead.at / query_tiles, q0 = ahead.at % query_tiles * kColumns;
-      const AttentionOperand& operand = issued % 2 != kFirstIsDout ? p.dout : p.q;
-      load_tile<kColumns, D>(
-          ring + issued % kStages * (kColumns * D),
-          static_cast<const T*>(operand.data) + b * operand.batch + head * operand.head + q0 * operand.row, operand.row,
-          p.Lq - q0);
-      if (issued % 2 == 0) {  // zeros past the last query: P is 1 there, dO and so dP are 0
-        const int i = static_cast<int>(threadIdx.x), n_left = p.Lq - q0;
-        if (i < kColumns) {
-          const QueryStatistics* const of_head = p.statistics + (int64_t{b} * p.H + head) * p.Lq + q0;
-          cp_async<8>(statistics + issued / 2 % 2 * kColumns + i, of_head + (i < n_left ? i : 0), i < n_left ? 8 : 0);
-        }
-      } else {
-        ahead.next();
+      const AttentionOperand& operand = kSecond == kDk ? p.q : p.dout;
+      load_tile<kColumns, D>(tile, row_of<T>(operand, b, head, q0), operand.row, p.Lq - q0);
+      const int i = static_cast<int>(threadIdx.x), n_left = p.Lq - q0;
+      if (!kSecond && i < kColumns) {  // zeros past the last query: P is 1 there, dO and so dP are 0
+        const QueryStatistics* const of_head = p.statistics + (int64_t{b} * p.H + head) * p.Lq + q0;
+        cp_async<8>(statistics + parity * kColumns + i, of_head + (i < n_left ? i : 0), i < n_left ? 8 : 0);
       }
+      if (kSecond) ahead.next();
     }
     cp_async_commit();
-    ++issued;
   };
-  const auto item = [&](int i) { return ring + i % kStages * (kColumns * D); };
-  constexpr int kAhead = kDk && kDv ? kStages - 2 : kStages - 1;  // items issued before the first is waited for
-  static_assert(kAhead >= 1, "a step that holds two items needs a third buffer");
-  // The first item of a step, when all of the step before is used up; statistics come with it.
+  constexpr bool kHoldsTwo = kDk && kDv;                         // both items of a tile are used to the end of its step
+  constexpr int kAhead = kHoldsTwo ? kStages - 2 : kStages - 1;  // items issued before the first is waited for
+  static_assert(1 <= kAhead && kAhead <= 2, "a step that holds two items needs a third buffer");
+  int parity = 0;  // of the tile at hand
+  // The first item of a tile, when all of the tile before is used up.
   const auto take_first = [&] {
     cp_async_wait<kAhead - 1>();
     __syncthreads();
-    issue();
-    if constexpr (kDk && kDv) issue();
-    return item(taken++);
+    if constexpr (kHoldsTwo) issue(Item<kAhead>{}, ring.behind(2), parity ^ 1);
+    issue(Item<kAhead + (kHoldsTwo ? 1 : 0)>{}, ring.behind(1), parity ^ 1);
+    return ring.use();
   };
-  // The second: if the first is used up by now, its buffer is filled again.
+  // The second. If the first is used up by now, its buffer is filled again.
   const auto take_second = [&] {
     cp_async_wait<kStages - 2>();
     __syncthreads();
-    if constexpr (!(kDk && kDv)) issue();
-    return item(taken++);
+    if constexpr (!kHoldsTwo) issue(Item<1 + kAhead>{}, ring.behind(1), parity ^ 1);
+    return ring.use();
   };
 
-  load_tile<kRows, D>(k_tile, k, p.k.row, p.Lk - k0);
-  if constexpr (kDk) load_tile<kRows, D>(v_tile, v, p.v.row, p.Lk - k0);
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) issue();
+  load_tile<kRows, D>(k_tile, row_of<T>(p.k, b, hkv, k0), p.k.row, p.Lk - k0);
+  if constexpr (kDk) load_tile<kRows, D>(v_tile, row_of<T>(p.v, b, hkv, k0), p.v.row, p.Lk - k0);
+  issue(Item<0>{}, ring.at(0), 0);
+  if constexpr (kAhead > 1) issue(Item<1>{}, ring.at(1), 0);
 
   const float scale = log2_scale(p.scale);
   float dk[kDk ? kM : 1][D / 8][4] = {}, dv[kDv ? kM : 1][D / 8][4] = {};
@@ -112,7 +105,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocksPerSm)
         words[j] = mask.word(walk.at % query_tiles * kColumns + 32 * j + lane_of(), (k0 + row0) / 32);
       }
     }
-    const QueryStatistics* const queries = statistics + taken / 2 % 2 * kColumns;
+    const QueryStatistics* const queries = statistics + parity * kColumns;
     float dp[kM][kN][4] = {}, s[kM][kN][4];
     const T *dout_tile = nullptr, *q_tile = nullptr;
     if constexpr (kDk) {
@@ -139,6 +132,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocksPerSm)
       if constexpr (!kDk) dout_tile = take_second();
       multiply_add<T, D>(dv, left, dout_tile);
     }
+    parity ^= 1;
   }
 
   cp_async_wait<0>();

@@ -27,7 +27,7 @@ struct AttentionTile {
 
 // Rows are queries. Kept: Q. Ring: K and V in turn.
 constexpr AttentionTile forward_tile(int D) {
-  return D == 256 ? AttentionTile{64, 32, 3} : D == 128 ? AttentionTile{128, 64, 3} : AttentionTile{128, 64, 4};
+  return D == 256 ? AttentionTile{64, 32, 3} : D >= 96 ? AttentionTile{128, 64, 3} : AttentionTile{128, 64, 4};
 }
 
 // Rows are queries. Kept: Q and dO. Ring: V and K in turn.
@@ -55,12 +55,12 @@ constexpr int64_t forward_shared_bytes(int D) {
   return tile_bytes(tile.rows + tile.stages * tile.columns, D);
 }
 
+// Those of the backward hold statistics of queries besides (float2 each): of their own, or of two tiles.
 constexpr int64_t query_gradient_shared_bytes(int D) {
   const AttentionTile tile = query_gradient_tile(D);
-  return tile_bytes(2 * tile.rows + tile.stages * tile.columns, D);
+  return tile_bytes(2 * tile.rows + tile.stages * tile.columns, D) + tile.rows * 8;
 }
 
-// The statistics of two tiles of queries (float2 each) besides.
 constexpr int64_t key_gradient_shared_bytes(int D) {
   const AttentionTile tile = key_gradient_tile(D);
   return tile_bytes(2 * tile.rows + tile.stages * tile.columns, D) + 2 * tile.columns * 8;
@@ -68,6 +68,7 @@ constexpr int64_t key_gradient_shared_bytes(int D) {
 
 struct AttentionSizes {
   int64_t B, H, Hkv, Lq, Lk, D;
+  int64_t element_size = 2;
 };
 
 enum class MaskKind { kFull, kCausal, kBits };
@@ -105,7 +106,7 @@ inline KernelPlan plan_attention(const AttentionSizes& s, bool is_half, MaskKind
   plan.block = kAttentionThreads;
   plan.shared_bytes = forward_shared_bytes(static_cast<int>(s.D));
   const int64_t queries = s.B * s.H * s.Lq, keys = s.B * s.Hkv * s.Lk;
-  plan.bytes = 2 * s.D * (2 * queries + 2 * keys) + 4 * queries + mask_bytes(s, kind, n_masks);
+  plan.bytes = s.element_size * s.D * (2 * queries + 2 * keys) + 4 * queries + mask_bytes(s, kind, n_masks);
   plan.flops = 4 * s.B * s.H * attended_entries(s, kind) * s.D;
   return plan;
 }
@@ -119,7 +120,7 @@ inline KernelPlan plan_attention_backward(const AttentionSizes& s, bool is_half,
   plan.block = kAttentionThreads;
   plan.shared_bytes = key_gradient_shared_bytes(static_cast<int>(s.D));
   const int64_t queries = s.B * s.H * s.Lq, keys = s.B * s.Hkv * s.Lk;
-  plan.bytes = 2 * s.D * (4 * queries + 4 * keys) + 4 * queries + mask_bytes(s, kind, n_masks);
+  plan.bytes = s.element_size * s.D * (4 * queries + 4 * keys) + 4 * queries + mask_bytes(s, kind, n_masks);
   plan.flops = 10 * s.B * s.H * attended_entries(s, kind) * s.D;
   return plan;
 }

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const bool exists = query < n_queries;
   const int64_t head = exists ? query / p.Lq : 0, row = exists ? query % p.Lq : 0;
   const T* const dout =
-      static_cast<const T*>(p.dout.data) + head / p.H * p.dout.batch + head % p.H * p.dout.head + row * p.dout.row;
+      row_of<T>(p.dout, static_cast<int>(head / p.H), static_cast<int>(head % p.H), static_cast<int>(row));
   const T* const out = static_cast<const T*>(p.out) + (head * p.Lq + row) * D;
   float sum = 0.0f;
 #pragma unroll
@@ -52,15 +52,18 @@ __global__ void __launch_bounds__(kAttentionThreads)
 // Scores and dP of rows [16 kM] become dS, given the rows' statistics.
 template <int kM, int kN>
 __device__ __forceinline__ void score_gradient(float (&s)[kM][kN][4], const float (&dp)[kM][kN][4],
-                                               const QueryStatistics (&row)[kM][2], float scale) {
+                                               const QueryStatistics* rows, float scale) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
+    for (int r = 0; r < 2; ++r) {
+      const QueryStatistics row = rows[16 * m + 8 * r + lane_of() / 4];
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const QueryStatistics of_row = row[m][c / 2];
-        s[m][n][c] = exp2_approx(fmaf(s[m][n][c], scale, -of_row.x)) * (dp[m][n][c] - of_row.y);
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int c = 2 * r; c < 2 * r + 2; ++c) {
+          s[m][n][c] = exp2_approx(fmaf(s[m][n][c], scale, -row.x)) * (dp[m][n][c] - row.y);
+        }
       }
     }
   }
@@ -74,54 +77,49 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocksPerSm)
   constexpr int kM = kRows / (16 * kAttentionWarps), kN = kColumns / 8;
   T* const q_tile = dynamic_shared<T>();
   T* const dout_tile = q_tile + kRows * D;
-  T* const ring = dout_tile + kRows * D;
+  Ring<T, kColumns, D, kStages> ring{dout_tile + kRows * D};
 
   const int row_tiles = (p.Lq + kRows - 1) / kRows, head = static_cast<int>(blockIdx.x / row_tiles);
   const int b = head / p.H, h = head % p.H, q0 = (row_tiles - 1 - static_cast<int>(blockIdx.x % row_tiles)) * kRows;
   const int kv_head = h / (p.H / p.Hkv), row0 = 16 * kM * warp_of(), lane_row = q0 + row0 + lane_of() % (16 * kM);
-  const T* const q = static_cast<const T*>(p.q.data) + b * p.q.batch + h * p.q.head + q0 * p.q.row;
-  const T* const dout = static_cast<const T*>(p.dout.data) + b * p.dout.batch + h * p.dout.head + q0 * p.dout.row;
-  const T* const k = static_cast<const T*>(p.k.data) + b * p.k.batch + kv_head * p.k.head;
-  const T* const v = static_cast<const T*>(p.v.data) + b * p.v.batch + kv_head * p.v.head;
-  const SequenceMask mask(p.mask, b, p.Lq, p.Lk);
+  const SequenceMask mask{p.mask, b, p.Lq, p.Lk};
   const auto class_of = [&](int n) { return mask.tile<kRows, kColumns>(q0, n * kColumns); };
   TileWalk walk(0, (p.Lk + kColumns - 1) / kColumns, class_of), ahead = walk;
 
-  int issued = 0, taken = 0;  // items of the ring: V and K of each tile to visit, in turn
-  const auto issue = [&] {
+  // Items of the ring: V (kItem 0) and K (1) of each tile to visit, in turn.
+  const auto issue = [&](auto item, T* tile) {
+    constexpr bool kSecond = decltype(item)::value % 2 == 1;
     if (!ahead.done()) {
+      const AttentionOperand& operand = kSecond ? p.k : p.v;
       const int k0 = ahead.at * kColumns;
-      const int64_t stride = issued % 2 ? p.k.row : p.v.row;
-      load_tile<kColumns, D>(ring + issued % kStages * (kColumns * D), (issued % 2 ? k : v) + k0 * stride, stride,
-                             p.Lk - k0);
-      if (issued % 2) ahead.next();
+      load_tile<kColumns, D>(tile, row_of<T>(operand, b, kv_head, k0), operand.row, p.Lk - k0);
+      if (kSecond) ahead.next();
     }
     cp_async_commit();
-    ++issued;
   };
-  // The next item: those before it are used up, so the buffer before it is filled again.
-  const auto take = [&] {
+  // The next item. Those before it are used up, so the buffer of the last one is filled with the item kStages after it.
+  const auto take = [&](auto item) {
     cp_async_wait<kStages - 2>();
     __syncthreads();
-    issue();
-    return ring + taken++ % kStages * (kColumns * D);
+    issue(Item<decltype(item)::value + kStages - 1>{}, ring.behind(1));
+    return ring.use();
   };
 
-  load_tile<kRows, D>(q_tile, q, p.q.row, p.Lq - q0);
-  load_tile<kRows, D>(dout_tile, dout, p.dout.row, p.Lq - q0);
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) issue();
+  load_tile<kRows, D>(q_tile, row_of<T>(p.q, b, h, q0), p.q.row, p.Lq - q0);
+  load_tile<kRows, D>(dout_tile, row_of<T>(p.dout, b, h, q0), p.dout.row, p.Lq - q0);
+  issue(Item<0>{}, ring.at(0));
+  if constexpr (kStages > 2) issue(Item<1>{}, ring.at(1));
+  if constexpr (kStages > 3) issue(Item<2>{}, ring.at(2));
+  static_assert(2 <= kStages && kStages <= 4);
 
   const int64_t first = int64_t{head} * p.Lq + q0 + row0;
   const int n_rows = p.Lq - q0 - row0;
-  QueryStatistics statistics[kM][2];
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int i = 16 * m + 8 * r + lane_of() / 4;
-      statistics[m][r] = i < n_rows ? __ldg(p.statistics + first + i) : make_float2(INFINITY, 0.0f);
-    }
+  // Of the block's queries: read again at every tile, since registers are short.
+  QueryStatistics* const statistics = reinterpret_cast<QueryStatistics*>(ring.at(kStages));
+  static_assert(kRows <= kAttentionThreads);
+  if (threadIdx.x < kRows) {
+    const int i = static_cast<int>(threadIdx.x);
+    statistics[i] = q0 + i < p.Lq ? __ldg(p.statistics + int64_t{head} * p.Lq + q0 + i) : make_float2(INFINITY, 0.0f);
   }
   const float scale = log2_scale(p.scale);
   float dq[kM][D / 8][4] = {};
@@ -132,11 +130,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocksPerSm)
       for (int j = 0; j < kN / 4; ++j) words[j] = mask.word(lane_row, walk.at * (kColumns / 32) + j);
     }
     float dp[kM][kN][4], s[kM][kN][4];
-    multiply_transposed<T, D>(dp, dout_tile, row0, take());
-    const T* const k_tile = take();
+    multiply_transposed<T, D>(dp, dout_tile, row0, take(Item<0>{}));
+    const T* const k_tile = take(Item<1>{});
     multiply_transposed<T, D>(s, q_tile, row0, k_tile);
     if (walk.held == TileClass::kBits) forbid(s, words, 0);
-    score_gradient(s, dp, statistics, scale);
+    score_gradient(s, dp, statistics + row0, scale);
     uint32_t ds[kM][kN / 2][4];
     as_left<T>(ds, s);
     multiply_add<T, D>(dq, ds, k_tile);

@@ -19,29 +19,21 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Scores times this are exponents of 2. Never 0: -inf times it must stay -inf.
 __device__ __forceinline__ float log2_scale(float scale) { return fmaxf(scale * kLog2e, 1.17549435e-38f); }
 
-// The mask of one sequence.
+// The mask of sequence b. Pointers are made where they are used: registers are what these kernels are short of.
 struct SequenceMask {
-  const uint32_t* words;
-  const uint8_t* classes;
-  const uint32_t* key_words;
-  int Lq, Lk;
-  bool causal;
+  const AttentionMaskParams& p;
+  int b, Lq, Lk;
 
-  __device__ SequenceMask(const AttentionMaskParams& p, int b, int Lq, int Lk)
-      : words(p.words ? p.words + b * p.words_batch : nullptr),
-        classes(p.classes ? p.classes + b * p.classes_batch : nullptr),
-        key_words(p.key_words ? p.key_words + b * words_per_row(Lk) : nullptr),
-        Lq(Lq),
-        Lk(Lk),
-        causal(p.causal) {}
+  // Of keys [32 w, 32 w + 32).
+  __device__ __forceinline__ uint32_t key_word(int w) const { return __ldg(p.key_words + b * words_per_row(Lk) + w); }
 
   // Bits of keys [32 w, 32 w + 32) for a query.
   __device__ __forceinline__ uint32_t word(int query, int w) const {
     const int n_words = (Lk + 31) / 32;
     if (query >= Lq || w >= n_words) return 0;
-    uint32_t bits = bits_up_to(causal ? min(query, Lk - 1) : Lk - 1, w);
-    if (words) bits &= __ldg(words + int64_t{query} * n_words + w);
-    if (key_words) bits &= __ldg(key_words + w);
+    uint32_t bits = bits_up_to(p.causal ? min(query, Lk - 1) : Lk - 1, w);
+    if (p.words) bits &= __ldg(p.words + b * p.words_batch + int64_t{query} * n_words + w);
+    if (p.key_words) bits &= key_word(w);
     return bits;
   }
 
@@ -49,29 +41,29 @@ struct SequenceMask {
   template <int kQ, int kK>
   __device__ __forceinline__ TileClass tile(int q0, int k0) const {
     const int q1 = min(q0 + kQ, Lq), k1 = min(k0 + kK, Lk);
-    if (q0 >= q1 || k0 >= k1 || (causal && k0 >= q1)) return TileClass::kNothing;
-    bool everything = k0 + kK <= Lk && !(causal && k1 - 1 > q0);
-    if (key_words) {
+    if (p.causal && k0 >= q1) return TileClass::kNothing;
+    bool everything = k0 + kK <= Lk && !(p.causal && k1 - 1 > q0);
+    if (p.key_words) {
       bool any = false;
       for (int w = k0 / 32; 32 * w < k1; ++w) {
-        const uint32_t bits = __ldg(key_words + w);
+        const uint32_t bits = key_word(w);
         any |= bits != 0;
         everything &= bits == ~0u;
       }
       if (!any) return TileClass::kNothing;
     }
-    if (classes) {
+    if (p.classes) {
       const int n_columns = (Lk + kClassTile - 1) / kClassTile;
       bool any = false;
       for (int i = q0 / kClassTile; i * kClassTile < q1; ++i) {
         for (int j = k0 / kClassTile; j * kClassTile < k1; ++j) {
-          const auto found = static_cast<TileClass>(__ldg(classes + int64_t{i} * n_columns + j));
-          any |= found != TileClass::kNothing;
-          everything &= found == TileClass::kEverything;
+          const uint8_t found = __ldg(p.classes + b * p.classes_batch + int64_t{i} * n_columns + j);
+          any |= static_cast<TileClass>(found) != TileClass::kNothing;
+          everything &= static_cast<TileClass>(found) == TileClass::kEverything;
         }
       }
       if (!any) return TileClass::kNothing;
-    } else if (words) {
+    } else if (p.words) {
       everything = false;
     }
     return everything ? TileClass::kEverything : TileClass::kBits;

@@ -17,6 +17,15 @@ namespace diffullama {
 __device__ __forceinline__ int lane_of() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ int warp_of() { return threadIdx.x / kWarp; }
 
+// The same number, which the compiler must not know: what depends on it is computed where it is used and not kept in
+// registers for the kernel's life.
+__device__ __forceinline__ int unknown(int v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
 // Element at which a chunk of a row begins.
 template <int D>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
@@ -57,27 +66,35 @@ cudaError_t with_attention_type(int D, bool is_half, F&& f) {
 
 // --- global memory to shared and back
 
+// First element of a row of one head.
+template <class T>
+__device__ __forceinline__ const T* row_of(const AttentionOperand& operand, int b, int head, int row) {
+  return static_cast<const T*>(operand.data) + b * operand.batch + head * operand.head + row * operand.row;
+}
+
 // Starts copying kRows rows, of which the first n_rows exist (at least one) and the others become zeros.
 template <int kRows, int D, class T>
 __device__ __forceinline__ void load_tile(T* tile, const T* rows, int64_t stride, int n_rows) {
-  constexpr int kChunks = kRows * D / 8;
-  static_assert(kChunks % kAttentionThreads == 0, "every thread copies as much");
-  const auto copy = [&](auto is_whole) {
+  constexpr int kChunks = D / 8, kCopies = kRows * kChunks / kAttentionThreads;
+  static_assert(kCopies * kAttentionThreads == kRows * kChunks, "every thread copies as much");
+  const int thread = static_cast<int>(threadIdx.x);
+  if constexpr (kAttentionThreads % kChunks == 0) {  // a thread stays in its column of chunks
+    constexpr int kStep = kAttentionThreads / kChunks;
+    const int first = thread / kChunks, chunk = thread % kChunks;
+    const T* from = rows + first * stride + 8 * chunk;
 #pragma unroll
-    for (int k = 0; k < kChunks / kAttentionThreads; ++k) {
-      const int i = static_cast<int>(threadIdx.x) + k * kAttentionThreads, row = i / (D / 8), chunk = i % (D / 8);
-      if constexpr (decltype(is_whole)::value) {
-        cp_async<16>(tile + swizzled<D>(row, chunk), rows + row * stride + 8 * chunk);
-      } else {
-        const bool exists = row < n_rows;
-        cp_async<16>(tile + swizzled<D>(row, chunk), rows + (exists ? row : 0) * stride + 8 * chunk, exists ? 16 : 0);
-      }
+    for (int k = 0; k < kCopies; ++k) {
+      const int row = first + k * kStep;
+      cp_async<16>(tile + swizzled<D>(row, chunk), row < n_rows ? from : rows, row < n_rows ? 16 : 0);
+      from += kStep * stride;
     }
-  };
-  if (n_rows >= kRows) {
-    copy(std::true_type{});
   } else {
-    copy(std::false_type{});
+#pragma unroll
+    for (int k = 0; k < kCopies; ++k) {
+      const int i = thread + k * kAttentionThreads, row = i / kChunks, chunk = i % kChunks;
+      const T* const from = rows + (row < n_rows ? row : 0) * stride + 8 * chunk;
+      cp_async<16>(tile + swizzled<D>(row, chunk), from, row < n_rows ? 16 : 0);
+    }
   }
 }
 
@@ -119,6 +136,25 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kM][D / 8][4], T* 
     }
   }
 }
+
+template <int kItem>
+using Item = std::integral_constant<int, kItem>;
+
+// A ring of kStages tiles [kRows, D], used one after the other.
+template <class T, int kRows, int D, int kStages>
+struct Ring {
+  T* tiles;
+  int place = 0;  // of the next tile to use
+
+  __device__ __forceinline__ T* at(int i) const { return tiles + i * (kRows * D); }
+  // The tile used `n` uses ago, which by now is free.
+  __device__ __forceinline__ T* behind(int n) const { return at(place < n ? place - n + kStages : place - n); }
+  __device__ __forceinline__ T* use() {
+    T* const tile = at(place);
+    place = place + 1 == kStages ? 0 : place + 1;
+    return tile;
+  }
+};
 
 // --- fragments
 
@@ -167,6 +203,7 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kM][kN][4], con
 #pragma unroll
     for (int n = 0; n < kN; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0.0f;
   }
+  row0 = unknown(row0);
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     uint32_t a[kM][4];
