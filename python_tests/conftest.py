@@ -97,6 +97,13 @@ def reads_values(device: str, is_simulated: bool) -> bool:
     return device == "cpu" and not is_simulated
 
 
+@pytest.fixture
+def attention_kernel(device: str) -> None:
+    """Skips where 16-bit attention is not csrc/attention: on the CPU, unless it is simulated."""
+    if device == "cpu" and not SIMULATED:
+        pytest.skip("the CPU runs torch's attention")
+
+
 @pytest.fixture(autouse=True)
 def _repeatable_inputs() -> None:
     torch.manual_seed(0)

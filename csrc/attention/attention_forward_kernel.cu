@@ -38,9 +38,10 @@ __device__ __forceinline__ float quad_sum(float v) {
   return v + __shfl_xor_sync(kAllLanes, v, 2);
 }
 
-// Exponent of 2 to subtract: finite where the row has seen nothing yet, so that 2^(-inf - it) is 0.
+// Exponent of 2 to subtract: finite where the row has seen nothing yet, so that 2^(-inf - it) is 0. Rounded, so that of
+// an unchanged maximum the correction is 1 and a tile without new keys changes nothing.
 __device__ __forceinline__ float reference_exponent(float max, float scale) {
-  return max == -INFINITY ? 0.0f : max * scale;
+  return max == -INFINITY ? 0.0f : __fmul_rn(max, scale);
 }
 
 // Scores become probabilities up to the row's factor 2^-max; out and sums are brought to the new maximum.
@@ -58,7 +59,7 @@ __device__ __forceinline__ void softmax_step(float (&s)[kM][kN][4], float (&out)
       for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
       top = quad_max(top);
       const float exponent = reference_exponent(top, scale);
-      correction[m][r] = exp2_approx(fmaf(row.max[m][r], scale, -exponent));
+      correction[m][r] = exp2_approx(__fmul_rn(row.max[m][r], scale) - exponent);
       moved |= top != row.max[m][r];
       row.max[m][r] = top;
       float sum = 0.0f;

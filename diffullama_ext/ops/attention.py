@@ -165,7 +165,7 @@ torch.library.register_autograd("diffullama::attention", _backward, setup_contex
 # --- choice of a path ------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _forced() -> str:
     """The path that the environment asks for, read when a graph is compiled; "" for none."""
     return os.environ.get(_FORCE, "")
