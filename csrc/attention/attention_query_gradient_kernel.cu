@@ -4,8 +4,9 @@
 //   dQ         : a block takes a tile of queries of one head and goes through the keys: dP = dO V^T, S = Q K^T,
 //                dS = P (dP - sum dO * O), dQ += dS K, all in the registers of the warp that has the rows
 // P is made again from the logsumexp under the very mask of the forward. No atomics: dK and dV have a kernel of their
-// own, for which S and dP are computed twice (7 products instead of 5), and repeated runs agree bit for bit. Not yet
-// measured on GPU.
+// own, for which S and dP are computed twice (7 products instead of 5), and repeated runs agree bit for bit.
+// Not yet measured on GPU.
+// ptxas spills at most 32 B of attention_query_gradient_kernel, at D = 64, 128 and 256: it needs every register.
 #include "../common/launch.h"
 #include "attention_scores.cuh"
 
