@@ -53,10 +53,19 @@ def _losses(shape: Mapping[str, Any], ours: Any, peer: Any) -> None:
         assert error <= LOSS_ERROR, f"{name} differs by {error:.2e}"  # a NaN fails
 
 
+def _attended(shape: Mapping[str, Any], ours: Any, peer: Any) -> None:
+    pairs = zip(("dq", "dk", "dv"), ours, peer, strict=True) if isinstance(ours, tuple) else [("out", ours, peer)]
+    for name, a, b in pairs:
+        error = float((a.float() - b.float()).norm() / b.float().norm())
+        assert error <= LOSS_ERROR, f"{name} differs by {error:.2e}"
+
+
 _CHECKS: Mapping[str, Callable[[Mapping[str, Any], Any, Any], None]] = {
     "mask_tokens": _counts,
     "annealed_mask": _open_entries,
     "token_stats": _drawn,
     "unmask": _committed,
     "linear_shifted_cross_entropy": _losses,
+    "attention": _attended,
+    "attention_backward": _attended,
 }

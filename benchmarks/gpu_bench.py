@@ -43,6 +43,9 @@ class Row:
     goal: Goal = Goal()
 
 
+# Rates of the full square, in TFLOP/s, as times: 4 B H L^2 D forward, 2.5 times that backward.
+_LONG = {"B": 1, "L": 8192}
+_NARROW = {"B": 16, "H": 12, "Hkv": 12, "L": 1024, "D": 64}
 _TOP_P = {"temperature": 0.9, "top_p": 0.9}
 ROWS = (
     Row("token_stats", {"N": 4096, "V": 32000, "temperature": 0.0}, Goal(share=0.85)),
@@ -59,7 +62,19 @@ ROWS = (
     Row("annealed_mask", {"L": 2048}, Goal(ms=0.005)),
     Row("annealed_mask", {"L": 16384}, Goal(ms=0.08)),
     Row("unmask", {"B": 64, "L": 2048, "amount": 32.0}, Goal(ms=0.02)),
+    Row("attention", {}, Goal(ms=0.982)),  # 280
+    Row("attention", {"mask": "none"}, Goal(ms=0.982)),  # what the mask costs
+    Row("attention", _LONG, Goal(ms=3.66)),  # 300
+    Row("attention", _NARROW, Goal(ms=0.258)),  # 200
+    Row("attention", {**_NARROW, "mask": "none"}, Goal(ms=0.258)),
+    Row("attention_backward", {}, Goal(ms=2.99)),  # 230
+    Row("attention_backward", {"mask": "none"}, Goal(ms=2.99)),
+    Row("attention_backward", _LONG, Goal(ms=10.6)),  # 260
+    Row("attention_backward", _NARROW, Goal(ms=0.859)),  # 150
 )
+# Contenders that do something else, so that values are not compared, and those that need a GPU.
+_OTHER_RESULTS = ("unweighted", "unmasked")
+_GPU_ONLY = ("compiled", "cuDNN", "FlashAttention", "memory-efficient")
 
 
 def _case(row: Row, device: torch.device) -> Case:
@@ -98,7 +113,7 @@ def _bench_row(
     about = {"op": case.op, "shape": dict(case.shape), "dtype": "bfloat16" if case.takes_floats else None}
     contenders: dict[str, Peer] = {OURS: case.run, **peers_of(case.op, case.shape)}
     if device.type == "cpu":
-        contenders = {name: run for name, run in contenders.items() if "compiled" not in name}
+        contenders = {name: run for name, run in contenders.items() if not any(part in name for part in _GPU_ONLY)}
     records: list[Record] = []
     workload = None
     for name, run in contenders.items():
@@ -108,7 +123,7 @@ def _bench_row(
                 raise TimeoutError("no time left")
             with running("ext"):
                 workload = workload or Workload(case, dtype, device)
-                if name != OURS and "unweighted" not in name:
+                if name != OURS and not any(part in name for part in _OTHER_RESULTS):
                     agree(case.op, case.shape, case.run(workload.sets[0]), run(workload.sets[0]))
                 record |= workload.measure(run, peaks, seconds=seconds).to_dict()
         except Exception as error:  # another contender may still run

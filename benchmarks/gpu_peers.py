@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.gpu_attention_peers import attention_peers
 from diffullama_ext.benchmarking import gradients
 
 Peer = Callable[..., Any]
@@ -169,6 +170,8 @@ def peers_of(op: str, shape: Mapping[str, Any]) -> dict[str, Peer]:
         return {"eager": quota_rule, "compiled": compiled(quota_rule)}
     if op == "token_stats":
         return _samplers(shape)
+    if op.startswith("attention"):
+        return attention_peers(op == "attention_backward", shape["mask"] == "none")
     peers: dict[str, Peer] = {"eager": all_rows, "eager, masked rows": masked_rows, "compiled": all_rows_compiled}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         peers["torch native, unweighted"] = torch_native

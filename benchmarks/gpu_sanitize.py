@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffullama_ext import (
     AttentionMask,
+    attention,
     linear_shifted_cross_entropy,
     mask_tokens,
     shifted_cross_entropy,
@@ -73,6 +74,18 @@ def masks(i: Inputs) -> Iterator[str]:
         yield f"mask_tile_classes {length}"
 
 
+def attentions(i: Inputs) -> Iterator[str]:
+    for dtype, D in product(FLOATS[1:], (32, 64, 96, 128, 256)):
+        for B, H, Hkv, Lq, Lk in ((2, 4, 2, 70, 70), (1, 2, 2, 5, 300), (1, 2, 1, 300, 130)):
+            q, k, v = i.normal(dtype, B, H, Lq, D), i.normal(dtype, B, Hkv, Lk, D), i.normal(dtype, B, Hkv, Lk, D)
+            for mask in (None, AttentionMask.from_dense(i.bits(B, Lq, Lk))):
+                attention(q, k, v, mask, key_padding=i.bits(B, Lk)).sum().backward()
+                yield f"attention {B}x{H}x{Lq}x{Lk}x{D} {dtype}, {'no mask' if mask is None else 'bits'}"
+            if Lq == Lk:
+                attention(q, k, v, AttentionMask.causal(Lq, device=i.device)).sum().backward()
+                yield f"attention {B}x{H}x{Lq}x{Lk}x{D} {dtype}, causal"
+
+
 def losses(i: Inputs) -> Iterator[str]:
     B, L, H = 2, 19, 24
     for dtype, V in product(FLOATS, (1001, 4096)):
@@ -114,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = parser.parse_args(arguments).device
     torch.manual_seed(0)
     with running("ext"):
-        for family in (noising, masks, losses, sampling):
+        for family in (noising, masks, attentions, losses, sampling):
             for name in family(Inputs(device)):
                 if device == "cuda":
                     torch.cuda.synchronize()

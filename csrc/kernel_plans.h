@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/attention_plan.h"
 #include "attention_mask/attention_mask_plan.h"
 #include "common/kernel_plan.h"
 #include "noising/noising_plan.h"
@@ -27,6 +28,7 @@ class PlanSizes {
     device_.n_sm = static_cast<int>(take("n_sm", device_.n_sm));
     device_.shared_bytes = take("shared_bytes", device_.shared_bytes);
     device_.clusters = take("clusters", device_.clusters) != 0;
+    is_half_ = take("float16", 0) != 0;
     element_size_ = static_cast<int>(take("element_size", 2));
     if (element_size_ == 2 || element_size_ == 4 || element_size_ == 8) return;
     throw std::invalid_argument("element_size must be 2, 4 or 8, got " + std::to_string(element_size_));
@@ -45,6 +47,8 @@ class PlanSizes {
 
   int element_size() const { return element_size_; }
 
+  bool is_half() const { return is_half_; }  // of two bytes: float16 or bfloat16
+
   const DeviceLimits& device() const { return device_; }
 
   void check_all_taken() const {
@@ -56,7 +60,35 @@ class PlanSizes {
   std::map<std::string, int64_t> sizes_;
   DeviceLimits device_;
   int element_size_ = 2;
+  bool is_half_ = false;
 };
+
+// L is both lengths where they are one. masks=M says that there are bits.
+inline KernelPlan plan_attention_with(PlanSizes& s, decltype(plan_attention)* plan_of_kernel) {
+  AttentionSizes sizes{};
+  sizes.B = s.take("B");
+  sizes.H = s.take("H");
+  sizes.Hkv = s.take("Hkv", sizes.H);
+  sizes.D = s.take("D");
+  sizes.element_size = s.element_size();
+  const int64_t L = s.take("L", -1);
+  sizes.Lq = L < 0 ? s.take("Lq") : L;
+  sizes.Lk = L < 0 ? s.take("Lk") : L;
+  const bool causal = s.flag("causal");
+  const int64_t n_masks = s.take("masks", 0);
+  if (sizes.Hkv == 0 || sizes.H % sizes.Hkv != 0) throw std::invalid_argument("H must be a multiple of Hkv");
+  if (causal && n_masks > 0) throw std::invalid_argument("causal and masks exclude each other");
+  const MaskKind kind = causal ? MaskKind::kCausal : n_masks > 0 ? MaskKind::kBits : MaskKind::kFull;
+  KernelPlan plan = plan_of_kernel(sizes, s.is_half(), kind, n_masks);
+  if (sizes.element_size == 2 && is_attention_width(sizes.D)) return plan;
+  KernelPlan reference{"reference"};  // PyTorch's operators
+  reference.bytes = plan.bytes;
+  reference.flops = plan.flops;
+  return reference;
+}
+
+inline KernelPlan plan_attention(PlanSizes& s) { return plan_attention_with(s, plan_attention); }
+inline KernelPlan plan_attention_backward(PlanSizes& s) { return plan_attention_with(s, plan_attention_backward); }
 
 inline KernelPlan plan_mask_tokens(PlanSizes& s) {
   const int64_t B = s.take("B"), L = s.take("L");
@@ -130,6 +162,8 @@ inline KernelPlan plan_mask_tile_classes(PlanSizes& s) {
 inline const std::map<std::string, KernelPlan (*)(PlanSizes&)>& plans() {
   static const std::map<std::string, KernelPlan (*)(PlanSizes&)> table = {
       {"annealed_mask", plan_annealed_mask},
+      {"attention", plan_attention},
+      {"attention_backward", plan_attention_backward},
       {"fragment_mask", plan_fragment_mask},
       {"id_mask", plan_id_mask},
       {"linear_shifted_cross_entropy", plan_linear_loss},

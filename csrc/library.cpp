@@ -21,13 +21,14 @@ STABLE_TORCH_LIBRARY(diffullama, m) {
   m.def("fragment_mask(Tensor words, int k_length, bool transpose) -> Tensor");
   m.def("mask_tile_classes(Tensor words, int k_length, int tile_rows, int tile_cols) -> Tensor");
 
-  // --- attention: q [B, H, Lq, D], k and v [B, Hkv, Lk, D]; words None: causal or full by `causal`
+  // --- attention: q [B, H, Lq, D], k and v [B, Hkv, Lk, D]; words None: causal or full by `causal`. tile_classes:
+  // mask_tile_classes(words, Lk, 64, 64), which kernels on CUDA use to leave work out; None: they look at every bit
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor? words, Tensor? key_padding, bool causal, float scale)"
-      " -> (Tensor out, Tensor lse)");
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? words, Tensor? tile_classes, Tensor? key_padding, bool causal,"
+      " float scale) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? words,"
-      " Tensor? key_padding, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+      " Tensor? tile_classes, Tensor? key_padding, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
 
   // --- shifted cross-entropy: nll [B, L] of the masked tokens, 0 elsewhere; softcap 0 is none
   m.def(

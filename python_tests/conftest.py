@@ -16,6 +16,7 @@ from hypothesis import settings
 from diffullama_ext import build_info
 
 CUDA_KERNELS = {
+    "attention",
     "annealed_mask",
     "fragment_mask",
     "id_mask",
@@ -94,6 +95,13 @@ def is_simulated(impl: str, device: str) -> bool:
 def reads_values(device: str, is_simulated: bool) -> bool:
     """Whether a bad value inside a tensor raises: a kernel on CUDA, or simulated, never waits to look."""
     return device == "cpu" and not is_simulated
+
+
+@pytest.fixture
+def attention_kernel(device: str) -> None:
+    """Skips where 16-bit attention is not csrc/attention: on the CPU, unless it is simulated."""
+    if device == "cpu" and not SIMULATED:
+        pytest.skip("the CPU runs torch's attention")
 
 
 @pytest.fixture(autouse=True)

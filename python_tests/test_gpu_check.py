@@ -231,7 +231,7 @@ def test_no_time_left() -> None:
 
 
 @pytest.mark.ext
-@pytest.mark.parametrize("index", [0, 1, 2, 7, 10, 11, 13])
+@pytest.mark.parametrize("index", [0, 1, 2, 7, 10, 11, 13, 14, 15, 19])
 def test_peers_agree(index: int) -> None:
     """Everything of a GPU's row but its shape and the compiled peers."""
     _, records = gpu_bench.bench_rows([gpu_bench.ROWS[index]], CPU, seconds=0.0, report=lambda _: None)

@@ -11,6 +11,7 @@ import torch
 
 from diffullama_ext import KernelPlan as Plan
 from diffullama_ext import _library, kernel_plan
+from diffullama_ext.ops import attention
 
 pytestmark = pytest.mark.ext
 
@@ -93,6 +94,37 @@ def test_losses_without_the_linear_gradient() -> None:
     assert (nll.kernel, nll.grid, nll.flops) == ("chunk_nll_kernel", 10, 2 * 10 * 8 * 100)
 
 
+def test_attention() -> None:
+    """B4 H32 L2048 D128: 128 queries a block, 64 keys; Q, K, V and O once, 4 bytes of logsumexp a query."""
+    sizes = {"B": 4, "H": 32, "L": 2048, "D": 128}
+    forward, backward = plan("attention", **sizes), plan("attention_backward", **sizes)
+    assert (forward.kernel, forward.grid) == ("attention_forward_kernel<__nv_bfloat16, 128>", 4 * 32 * 16)
+    assert backward.kernel == "attention_key_gradient_kernel<__nv_bfloat16, 128, true, true>"
+    assert backward.grid == 4 * 32 * 32
+    assert forward.shared_bytes == (128 + 3 * 64) * 128 * 2
+    assert forward.flops == 4 * 4 * 32 * 2048**2 * 128
+    assert backward.flops == 2.5 * forward.flops
+    assert forward.bytes == 4 * 32 * 2048 * (4 * 128 * 2 + 4)
+    assert backward.bytes == 4 * 32 * 2048 * (8 * 128 * 2 + 4)
+    causal, bits = plan("attention", **sizes, causal=1), plan("attention", **sizes, masks=1)
+    assert causal.flops == 4 * 4 * 32 * (2048 * 2049 // 2) * 128
+    assert bits.flops == forward.flops
+    assert bits.bytes - forward.bytes == 2048 * 64 * 4 + 32 * 32
+    grouped = plan("attention", B=4, H=32, Hkv=8, Lq=100, Lk=300, D=64)
+    assert grouped.bytes == 4 * (2 * 64 * (2 * 32 * 100 + 2 * 8 * 300) + 4 * 32 * 100)
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_backward"])
+def test_attention_kernels_fit_every_architecture(op: str) -> None:
+    """99 KB of shared memory a block on sm_86, sm_89 and sm_120; other sizes and dtypes have no kernel."""
+    for D in (16, 32, 48, 64, 80, 96, 128, 160, 256, 512):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            got = plan(op, B=1, H=1, L=100, D=D, dtype=dtype)
+            assert got.shared_bytes <= 99 << 10
+            taken = dtype in attention.KERNEL_DTYPES and D in attention.KERNEL_WIDTHS
+            assert (got.kernel != "reference") == taken, "the plan and the dispatch in Python must agree"
+
+
 def test_floor_needs_the_rates_that_bound_the_op() -> None:
     sizes = {"N": 10, "H": 8, "V": 16}
     assert plan("linear_shifted_cross_entropy", **sizes).floor_s is None
@@ -108,6 +140,9 @@ def test_floor_needs_the_rates_that_bound_the_op() -> None:
         ("softmax", {"N": 3}, "op must be one of annealed_mask, .*, got 'softmax'"),
         ("mask_tokens", {"B": 3}, "kernel_plan of mask_tokens needs L"),
         ("mask_tokens", {"B": 3, "L": 4, "V": 5}, "kernel_plan of mask_tokens takes no V"),
+        ("attention", {"B": 1, "H": 3, "Hkv": 2, "L": 4, "D": 64}, "H must be a multiple of Hkv"),
+        ("attention", {"B": 1, "H": 2, "Lq": 4, "D": 64}, "kernel_plan of attention needs Lk"),
+        ("attention", {"B": 1, "H": 2, "L": 4, "D": 64, "causal": 1, "masks": 1}, "causal and masks exclude"),
         ("unmask", {"B": -1, "L": 4}, r"B must be in \[0, 2\^40\], got -1"),
         ("unmask", {"B": 1, "L": 2**41}, r"L must be in \[0, 2\^40\], got 2199023255552"),
         ("token_stats", {"N": 1, "V": 9, "dtype": torch.int8}, "element_size must be 2, 4 or 8, got 1"),

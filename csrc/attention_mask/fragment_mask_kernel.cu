@@ -15,6 +15,7 @@
 #include "attention_mask_kernel.h"
 #include "attention_mask_math.h"
 #include "attention_mask_plan.h"
+#include "mask_warp.cuh"
 
 namespace diffullama {
 namespace {
@@ -79,16 +80,6 @@ constexpr int kTransposedKeys = kFragmentRows * kFragmentTransposedRowTiles, kTr
 struct TransposedShared {
   uint4 queries[kTransposedKeys];  // of a key: the bits of the block's 128 queries
 };
-
-// Bit b of lane r becomes bit r of lane b.
-__device__ __forceinline__ uint32_t transpose_in_warp(uint32_t word) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    word = transpose_stage(word, __shfl_xor_sync(kAllLanes, word, distance), lane, distance);
-  }
-  return word;
-}
 
 template <bool kAligned>
 __global__ void __launch_bounds__(kFragmentThreads) fragment_mask_transposed_kernel(FragmentMaskParams p) {

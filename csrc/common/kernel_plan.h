@@ -4,11 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace diffullama {
 
 struct KernelPlan {
-  const char* kernel;  // name as profilers show it
+  std::string kernel;  // name as profilers show it
   int64_t grid = 0;    // blocks
   int block = 0;       // threads of a block
   int cluster = 1;     // blocks of a cluster

@@ -21,6 +21,14 @@ from ..functional import (
     token_stats,
     unmask,
 )
+from .attention_inputs import (
+    attention_flops,
+    attention_inputs,
+    attention_sizes,
+    backward_inputs,
+    run_attention,
+    run_attention_backward,
+)
 
 Size = int | float | str
 SEED = 7
@@ -31,7 +39,7 @@ class Case:
     """One op at one shape.
 
     Attributes:
-        op: the public function, or annealed_mask.
+        op: the public function, annealed_mask or attention_backward.
         shape: sizes and options; the keys are all that ``at`` accepts.
         small: sizes that a CPU gets instead.
         make: (shape, dtype, device) -> inputs; every tensor that the op can take is made beforehand.
@@ -262,6 +270,8 @@ def _sizes(letters: str, tensor: Tensor) -> dict[str, int]:
     return dict(zip(letters, tensor.shape, strict=True))
 
 
+_ATTENTION: dict[str, Size] = {"B": 4, "H": 32, "Hkv": 32, "L": 2048, "D": 128, "mask": "annealed", "ratio": 0.5}
+_ATTENTION_SMALL: dict[str, Size] = {"B": 1, "H": 2, "Hkv": 2, "L": 128, "D": 64}
 _LINEAR: dict[str, Size] = {"B": 8, "L": 2048, "H": 4096, "V": 32000, "p": 0.5}
 _LINEAR_SMALL: dict[str, Size] = {"B": 2, "L": 64, "H": 64, "V": 1000}
 
@@ -285,6 +295,24 @@ CASES: Mapping[str, Case] = {
             _run_mask,
             plan=lambda i: {"L": i.length},
             takes_floats=False,
+        ),
+        Case(
+            "attention",
+            _ATTENTION,
+            _ATTENTION_SMALL,
+            attention_inputs,
+            run_attention,
+            flops=attention_flops,
+            plan=attention_sizes,
+        ),
+        Case(
+            "attention_backward",
+            _ATTENTION,
+            _ATTENTION_SMALL,
+            backward_inputs,
+            run_attention_backward,
+            flops=lambda i: attention_flops(i) * 5 // 2,
+            plan=attention_sizes,
         ),
         Case(
             "shifted_cross_entropy",

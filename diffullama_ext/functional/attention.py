@@ -33,6 +33,9 @@ def attention(
         return_lse: also return the logsumexp of the scores [B, H, Lq] (-inf where nothing is allowed; no gradient).
         impl: "auto", "ext" or "reference".
 
+    On CUDA the kernel takes float16 and bfloat16 with D in 32, 64, 96, 128, 256, in memory O(B H L D); anything else
+    runs through the reference, with a dense mask. ``DIFFULLAMA_ATTENTION`` (portable, hopper, reference) forces a path.
+
     Returns:
         out [B, H, Lq, D] in q's dtype, or (out, lse). Under autocast q, k and v are cast to its dtype.
     """
@@ -57,12 +60,17 @@ def attention(
         check_tensor("key_padding", key_padding, torch.bool, (batch, k_length), q.device)
     scale = 1.0 / math.sqrt(width) if scale is None else scale
     kind = "full" if mask is None else mask.kind
-    if use_kernel("attention", q.device, impl):
-        words = mask.words if mask is not None and kind == "bits" else None
-        out, lse = ops.attention.attention(q, k, v, words, key_padding, kind == "causal", scale)
-    else:
+    path = ops.attention.path(q) if use_kernel("attention", q.device, impl) else "reference"
+    if path == "reference":
         allowed = None if mask is None or kind == "full" else mask.to_dense()
         out, lse = reference.attention.attention(q, k, v, allowed, key_padding, scale)
+    else:
+        words = classes = None
+        if mask is not None and kind == "bits":
+            words = mask.words
+            if path == "portable":
+                classes = mask.tile_classes(ops.attention.CLASS_TILE, ops.attention.CLASS_TILE)
+        out, lse = ops.attention.attention(q, k, v, words, classes, key_padding, kind == "causal", scale)
     return (out, lse.detach()) if return_lse else out
 
 

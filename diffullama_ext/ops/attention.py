@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.ops.diffullama.attention. On the CPU it runs torch's own flash attention under the unpacked mask."""
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# What csrc/attention takes; the rest goes through the reference.
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+KERNEL_WIDTHS = (32, 64, 96, 128, 256)
+CLASS_TILE = 64  # queries and keys of an entry of tile_classes
+_FORCE = "DIFFULLAMA_ATTENTION"
+# The simulated library (csrc/testing) has the CUDA kernel for CPU tensors.
+_SIMULATED = torch._C._dispatch_has_kernel_for_dispatch_key("diffullama::attention", "CPU")
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -12,7 +21,14 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @torch.library.register_fake("diffullama::attention")
 def _(
-    q: Tensor, k: Tensor, v: Tensor, words: Tensor | None, key_padding: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor | None,
+    tile_classes: Tensor | None,
+    key_padding: Tensor | None,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
@@ -26,11 +42,15 @@ def _(
     out: Tensor,
     lse: Tensor,
     words: Tensor | None,
+    tile_classes: Tensor | None,
     key_padding: Tensor | None,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+# --- CPU -------------------------------------------------------------------------------------------------------------
 
 
 def _dense_mask(
@@ -64,9 +84,15 @@ def _group_heads(x: Tensor, group: int) -> Tensor:
     return _last_dim_dense(x if group == 1 else x.repeat_interleave(group, dim=1))
 
 
-@torch.library.impl("diffullama::attention", "CPU")
 def _attention_cpu(
-    q: Tensor, k: Tensor, v: Tensor, words: Tensor | None, key_padding: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor | None,
+    tile_classes: Tensor | None,
+    key_padding: Tensor | None,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -82,7 +108,6 @@ def _attention_cpu(
     return out.contiguous(), lse.contiguous()
 
 
-@torch.library.impl("diffullama::attention_backward", "CPU")
 def _attention_backward_cpu(
     dout: Tensor,
     q: Tensor,
@@ -91,6 +116,7 @@ def _attention_backward_cpu(
     out: Tensor,
     lse: Tensor,
     words: Tensor | None,
+    tile_classes: Tensor | None,
     key_padding: Tensor | None,
     causal: bool,
     scale: float,
@@ -111,25 +137,79 @@ def _attention_backward_cpu(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
+if not _SIMULATED:
+    torch.library.impl("diffullama::attention", "CPU")(_attention_cpu)
+    torch.library.impl("diffullama::attention_backward", "CPU")(_attention_backward_cpu)
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, words, key_padding, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, words, key_padding)
+    q, k, v, words, tile_classes, key_padding, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, words, tile_classes, key_padding)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 7
+        return (None,) * 8
     grads = torch.ops.diffullama.attention_backward.default(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
-    return (*grads, None, None, None, None)
+    return (*grads, None, None, None, None, None)
 
 
 torch.library.register_autograd("diffullama::attention", _backward, setup_context=_save)
 
 
+# --- choice of a path ------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def _forced() -> str:
+    """The path that the environment asks for, read when a graph is compiled; "" for none."""
+    return os.environ.get(_FORCE, "")
+
+
+def path(q: Tensor) -> str:
+    """Which implementation takes q: "portable" (csrc/attention), "torch" (on the CPU) or "reference".
+
+    ``DIFFULLAMA_ATTENTION`` = portable, hopper or reference forces one. ValueError for another name, or for a q that
+    the forced path does not take; RuntimeError for a path that this build lacks on q's device.
+    """
+    has_kernel = q.device.type == "cuda" or _SIMULATED
+    fits = q.dtype in KERNEL_DTYPES and q.shape[3] in KERNEL_WIDTHS
+    forced = _forced()
+    if not forced:
+        return ("portable" if fits else "reference") if has_kernel else "torch"
+    if forced == "reference":
+        return forced
+    if forced not in ("portable", "hopper"):
+        raise ValueError(f"{_FORCE} must be portable, hopper or reference, got {forced!r}")
+    if forced == "hopper" or not has_kernel:
+        raise RuntimeError(f"{_FORCE}={forced}: this build has no such path on {q.device.type}")
+    if not fits:
+        widths = ", ".join(map(str, KERNEL_WIDTHS))
+        raise ValueError(
+            f"{_FORCE}=portable takes float16 and bfloat16 of a head size in {widths}, got {q.dtype} of {q.shape[3]}"
+        )
+    return forced
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, words: Tensor | None, key_padding: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor | None,
+    tile_classes: Tensor | None,
+    key_padding: Tensor | None,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, Lq, D], lse [B, H, Lq]); differentiable in q, k and v through out."""
-    return torch.ops.diffullama.attention.default(q, k, v, words, key_padding, causal, scale)
+    """(out [B, H, Lq, D], lse [B, H, Lq]); differentiable in q, k and v through out.
+
+    tile_classes: of the words in tiles of CLASS_TILE x CLASS_TILE, which only "portable" reads.
+    """
+    if scale < 0:
+        q, scale = -q, -scale  # the kernels take the maximum of unscaled scores
+    return torch.ops.diffullama.attention.default(q, k, v, words, tile_classes, key_padding, causal, scale)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffullama_ext import (
     AttentionMask,
+    attention,
     linear_shifted_cross_entropy,
     mask_tokens,
     shifted_cross_entropy,
@@ -48,10 +49,17 @@ def linear(hidden: Tensor, weight: Tensor, x0: Tensor, masked: Tensor, max_score
     loss.backward()
 
 
+def attend(qkv: Tensor, mask: AttentionMask, key_padding: Tensor) -> None:
+    out = attention(*qkv, mask, key_padding=key_padding)
+    assert isinstance(out, Tensor)
+    out.sum().backward()
+
+
 def calls() -> dict[str, Callable[[], object]]:
     x0, masked, p = ids(V, B, L), ids(2, B, L).bool(), torch.rand(B, device="cuda")
     logits, hidden, weight, rows = normal(B, L, V), normal(B, L, H), normal(V, H), torch.randn(B * L, V, device="cuda")
     confidence, ratio, dense = torch.rand(B, L, device="cuda"), torch.rand(1, device="cuda"), ids(2, L, L).bool()
+    qkv = torch.randn(3, B, 2, L, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
     made: dict[str, Callable[[], object]] = {
         "mask_tokens": lambda: mask_tokens(x0, p, mask_id=99, maskable=masked, seed=1),
         "mask_tokens, seed drawn": lambda: mask_tokens(x0, p, mask_id=99),
@@ -60,6 +68,7 @@ def calls() -> dict[str, Callable[[], object]]:
         "causal": lambda: AttentionMask.causal(L, device="cuda").words,
         "documents": lambda: AttentionMask.documents(x0).words,
         "dense": lambda: AttentionMask.from_dense(dense).to_dense(),
+        "attention": lambda: attend(qkv, AttentionMask.annealed(L, 0.3, seed=1, device="cuda"), masked),
         "shifted_cross_entropy": lambda: shifted_cross_entropy(logits, x0, masked)[0].backward(),
         "linear_shifted_cross_entropy": lambda: linear(hidden, weight, x0, masked, B * L),
     }
@@ -73,7 +82,7 @@ def calls() -> dict[str, Callable[[], object]]:
 
 CALLS = (
     *("mask_tokens", "mask_tokens, seed drawn", "annealed, tensor", "annealed, number", "causal", "documents", "dense"),
-    *("shifted_cross_entropy", "linear_shifted_cross_entropy"),
+    *("attention", "shifted_cross_entropy", "linear_shifted_cross_entropy"),
     *("token_stats, greedy", "token_stats, whole", "token_stats, truncated"),
     *("unmask, quota", "unmask, threshold", "unmask, factor", "unmask, random"),
 )

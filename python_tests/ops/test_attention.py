@@ -20,6 +20,7 @@ from oracles import row_attention
 from torch import Tensor
 
 from diffullama_ext import AttentionMask, annealed_attention, attention
+from diffullama_ext.ops.attention import CLASS_TILE
 
 pytestmark = pytest.mark.op("attention")
 
@@ -286,11 +287,14 @@ def test_rejects_bad_input(impl: str, device: str, bad: BadInput) -> None:
 @pytest.mark.ext
 @pytest.mark.parametrize("name", ["none", "causal", "one", "each+padding"])
 def test_opcheck(device: str, name: str) -> None:
-    shape = (2, 4, 2, 9, 9, 8)
-    inputs = _inputs(shape, device, torch.float32)
+    """Of a size that every kernel takes."""
+    shape = (2, 4, 2, 9, 9, 32)
+    inputs = _inputs(shape, device, torch.bfloat16)
     mask, _, key_padding = _mask(name, shape, device)
-    words = mask.words if mask is not None and mask.kind == "bits" else None
-    options: tuple[Any, ...] = (words, key_padding, name == "causal", 0.25)
+    words = classes = None
+    if mask is not None and mask.kind == "bits":
+        words, classes = mask.words, mask.tile_classes(CLASS_TILE, CLASS_TILE)
+    options: tuple[Any, ...] = (words, classes, key_padding, name == "causal", 0.25)
     torch.library.opcheck(torch.ops.diffullama.attention.default, (*inputs, *options))
     with torch.no_grad():
         out, lse = torch.ops.diffullama.attention.default(*inputs, *options)
