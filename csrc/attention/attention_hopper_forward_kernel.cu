@@ -128,7 +128,9 @@ __device__ __forceinline__ void produce(const HopperForwardParams& p, SharedTile
       Item item{tile, 0};
 #pragma unroll
       for (int g = 0; g < kTile.groups; ++g) {
-        const TileClass held = mask.template tile<64, kHopperColumns>(at.q0 + 64 * g, tile * kHopperColumns);
+        const int q0 = at.q0 + 64 * g;
+        if (q0 >= p.Lq) continue;  // kNothing
+        const TileClass held = mask.template tile<64, kHopperColumns>(q0, tile * kHopperColumns);
         item.classes |= static_cast<uint32_t>(held) << 2 * g;
       }
       if (item.classes == 0) continue;
@@ -151,13 +153,12 @@ __device__ __forceinline__ void produce(const HopperForwardParams& p, SharedTile
 
 // The mask of 64 queries on a thread's accumulators.
 struct FragmentBits {
+  SequenceMask mask;
   const uint2* fragments;  // of the queries and the thread, one a tile of keys; or null
-  SequenceMask rule;       // the rest of the mask
   int query;               // of row r = 0
 
   __device__ FragmentBits(const HopperForwardParams& p, int b, int q0)
-      : fragments(nullptr), rule{p.mask, b, p.Lq, p.Lk}, query(q0 + fragment_row(threadIdx.x % kWarpgroup)) {
-    rule.words = nullptr;
+      : mask{p.mask, b, p.Lq, p.Lk}, fragments(nullptr), query(q0 + fragment_row(threadIdx.x % kWarpgroup)) {
     if (p.fragments == nullptr) return;
     const int n_key_tiles = (p.Lk + kFragmentColumns - 1) / kFragmentColumns;
     const int64_t row_of_tiles = int64_t{q0 / kFragmentRows} * n_key_tiles;
@@ -169,17 +170,22 @@ struct FragmentBits {
     uint2 bits{~0u, ~0u};
     if (fragments != nullptr) {
       bits = __ldg(fragments + int64_t{key_tile} * kFragmentThreads);
-      if (!rule.causal && rule.key_words == nullptr) return bits;
+      if (!mask.p.causal && mask.p.key_words == nullptr) return bits;
     }
     const int w = key_tile * kFragmentTileWords;
-    bits.x &= half(w) | half(w + 1) << 16;
-    bits.y &= half(w + 2) | half(w + 3) << 16;
+    bits.x &= by_rule(w) | by_rule(w + 1) << 16;
+    bits.y &= by_rule(w + 2) | by_rule(w + 3) << 16;
     return bits;
   }
 
  private:
-  __device__ __forceinline__ uint32_t half(int w) const {
-    return fragment_bits(rule.word(query, w), rule.word(query + 8, w), lane_of() % 4);
+  // What the mask has beside words, for the keys of word w.
+  __device__ __forceinline__ uint32_t by_rule(int w) const {
+    return fragment_bits(word(query, w), word(query + 8, w), lane_of() % 4);
+  }
+  __device__ __forceinline__ uint32_t word(int of_query, int w) const {
+    const uint32_t bits = bits_up_to(mask.p.causal ? min(of_query, mask.Lk - 1) : mask.Lk - 1, w);
+    return bits != 0 && mask.p.key_words != nullptr ? bits & mask.key_word(w) : bits;
   }
 };
 
@@ -285,8 +291,16 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
     mbarrier_wait(pipeline.q_full, q_parity);
     q_parity ^= 1;
     Item item = next_item();
-    if (item.tile != Item::kEnd) {
-      wgmma_fence(s);
+    // Of the end that next_item has come to: this tile of queries is used up.
+    const auto release_end = [&] {
+      release(pipeline.k_empty[k_at.stage]);
+      k_at.advance();
+      release(pipeline.q_empty);
+    };
+    if (item.tile == Item::kEnd) {
+      release_end();
+    } else {  // a branch round all products: accumulators that meet after one make ptxas wait for every product
+      wgmma_fence(s, out);
       products.scores(s, k_at.stage);
       wgmma_commit();
       wgmma_commit();  // of the product with V that later rounds have here
@@ -319,6 +333,7 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
         wgmma_commit();
         turns.pass();
       }
+      release_end();
       wgmma_fence(out, probabilities);
       products.values(out, probabilities, v_at.stage);
       wgmma_commit();
@@ -326,9 +341,6 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
       release(pipeline.v_empty[v_at.stage]);
       v_at.advance();
     }
-    release(pipeline.k_empty[k_at.stage]);  // of the end
-    k_at.advance();
-    release(pipeline.q_empty);
     store_rows<T, D>(p, at, group, out, rows, scale);
   }
 }

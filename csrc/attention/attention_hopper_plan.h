@@ -10,21 +10,26 @@ constexpr bool is_hopper_attention_width(int64_t D) { return D == 64 || D == 128
 
 // A block's consumer warpgroups keep 64 queries each and go through the keys 128 at a time, in rings of `stages` tiles
 // of K and of V that a producer warpgroup fills.
-//   registers : 64 Ki a multiprocessor = 128 (producer + groups * consumer); a consumer thread holds scores (64), their
-//               16-bit probabilities (32) and D / 2 outputs
+//   registers : a block starts with as many a thread as 64 Ki allow, in eights, and warpgroups then share those among
+//               themselves; a consumer thread holds scores (64), their 16-bit probabilities (32) and D / 2 outputs
 //   shared    : Q 128 groups D bytes, K and V 256 D bytes a stage each: 160 KB at D = 128, 152 KB at D = 64
 struct HopperAttentionTile {
   int groups, stages, consumer_registers, producer_registers;
 
   constexpr int rows() const { return 64 * groups; }
   constexpr int threads() const { return 128 * (groups + 1); }
+  constexpr bool shares_registers() const {
+    return producer_registers + groups * consumer_registers == 65536 / threads() / 8 * 8 * (groups + 1);
+  }
 };
 
 constexpr int kHopperColumns = 128;
 
 constexpr HopperAttentionTile hopper_attention_tile(int D) {
-  return D == 128 ? HopperAttentionTile{2, 2, 240, 24} : HopperAttentionTile{3, 4, 160, 32};
+  return D == 128 ? HopperAttentionTile{2, 2, 232, 40} : HopperAttentionTile{3, 4, 160, 32};
 }
+
+static_assert(hopper_attention_tile(64).shares_registers() && hopper_attention_tile(128).shares_registers());
 
 // What the swizzle's alignment may cost is included.
 constexpr int64_t hopper_attention_shared_bytes(int D) {

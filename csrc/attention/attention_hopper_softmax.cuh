@@ -22,8 +22,11 @@ __device__ __forceinline__ float sum_of_quad(float v) {
   return v + __shfl_xor_sync(kAllLanes, v, 2);
 }
 
-// Exponent of 2 to subtract: finite where the row has seen nothing yet, so that 2^(-inf - it) is 0.
-__device__ __forceinline__ float exponent_of(float max, float scale) { return max == -INFINITY ? 0.0f : max * scale; }
+// Exponent of 2 to subtract: finite where the row has seen nothing yet, so that 2^(-inf - it) is 0. Rounded, so that an
+// unchanged maximum has the factor 1 and a tile without new keys changes nothing.
+__device__ __forceinline__ float exponent_of(float max, float scale) {
+  return max == -INFINITY ? 0.0f : __fmul_rn(max, scale);
+}
 
 // Scores [64, 128] to -inf where the fragment's bit is 0.
 __device__ __forceinline__ void forbid_fragment(float (&s)[16][4], uint2 bits) {
@@ -46,7 +49,7 @@ __device__ __forceinline__ void softmax_scores(float (&s)[kN][4], SoftmaxRows& r
     for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
     top = max_of_quad(top);
     const float exponent = exponent_of(top, scale);
-    factor[r] = exp2_approx(fmaf(rows.max[r], scale, -exponent));
+    factor[r] = exp2_approx(__fmul_rn(rows.max[r], scale) - exponent);
     rows.max[r] = top;
     float sum = 0.0f;
 #pragma unroll

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mbarrier, TMA and wgmma of sm_90a in the simulator against what PTX defines; the attention kernel that uses them, whole
-and broken in one place."""
+"""mbarrier, TMA and wgmma of sm_90a in the simulator against what PTX defines; the attention kernel that uses them,
+whole and broken in one place."""
 
 import ctypes
 import shutil
