@@ -149,6 +149,7 @@ void multiply(const Block& block, PendingWgmma& op, int warp) {
 
 // A warp's part of the products before `end`, in order; all threads have issued them.
 void perform_until(const Block& block, Warpgroup& group, int warp, size_t end) {
+  const NoRaces scope;
   for (; group.n_done[warp] < end; ++group.n_done[warp]) {
     multiply(block, group.ops[group.n_done[warp] - group.first], warp);
   }
@@ -175,6 +176,7 @@ uint32_t shared_address(const void* variable) {
 
 void mbarrier_init(void* barrier, int arrivals) {
   if (reinterpret_cast<uintptr_t>(barrier) % 8 || arrivals < 1) fail("mbarrier.init of a misaligned or empty barrier");
+  const NoRaces scope;
   Mbarrier& b = state.current->block->mbarriers[barrier] = Mbarrier{};
   b.arrivals = b.left = arrivals;
 }
@@ -201,6 +203,7 @@ void mbarrier_wait(void* barrier, int parity, Site site) {
 }
 
 void tma_load(void* shared, const CUtensorMap& map, void* barrier, const BoxPlace& at) {
+  const NoRaces scope;
   const uint32_t to = shared_address(shared);
   if (to % 128) fail("a TMA load needs a shared address that is a multiple of 128");
   initialised(*state.current->block, barrier);
@@ -214,6 +217,7 @@ void tma_load(void* shared, const CUtensorMap& map, void* barrier, const BoxPlac
 }
 
 bool perform_a_copy(bool late) {
+  const NoRaces scope;
   auto& copies = state.copies.empty() && late ? state.late_copies : state.copies;
   if (copies.empty()) return false;
   std::swap(copies[random_below(copies.size())], copies.back());
@@ -226,6 +230,7 @@ bool perform_a_copy(bool late) {
 void wgmma_fence() { state.current->wgmma_fenced = true; }
 
 void wgmma(const Wgmma& product, float* d, const uint32_t* a, Site site) {
+  const NoRaces scope;
   Thread& self = *state.current;
   if (!self.wgmma_fenced) fail("wgmma without wgmma_fence since the last wgmma_wait");
   const uint64_t swizzle_128 = uint64_t{1} << 62;
@@ -251,7 +256,10 @@ void wgmma(const Wgmma& product, float* d, const uint32_t* a, Site site) {
   for (int warp = 0; warp < 4; ++warp) perform_until(*self.block, group, warp, index + 1);
 }
 
-void wgmma_commit() { state.current->wgmma_groups.push_back(state.current->n_wgmma); }
+void wgmma_commit() {
+  const NoRaces scope;
+  state.current->wgmma_groups.push_back(state.current->n_wgmma);
+}
 
 void wgmma_wait(int groups_left, Site site) {
   Thread& self = *state.current;
