@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas says of every kernel (registers, spills, shared memory), kept by the build as lib/kernel_resources.json.
+"""What ptxas says of every kernel, kept by the build as lib/kernel_resources.json: registers, spills, shared memory,
+and whether it waits for each wgmma by itself.
 
 CMake calls it twice: ``compile`` in front of nvcc, which moves ptxas' report from the console to a file beside the
 object, and ``collect``, which turns these files into the JSON that kernel_plan and the spill test read.
@@ -23,6 +24,8 @@ PROPERTIES = re.compile(
 )
 USED = re.compile(r"ptxas info\s*: Used (?P<registers>\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+# Said before the entries, as information only.
+SERIALIZED = re.compile(r"wgmma.mma_async instructions are serialized .* in the function '(?P<symbol>\S+)'")
 
 
 def is_report(line: str) -> bool:
@@ -33,9 +36,13 @@ def is_report(line: str) -> bool:
 def parse(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """A record for every kernel of every architecture; names are mangled."""
     kernel: dict[str, Any] = {}
+    serialized = set()
     for line in lines:
-        if found := ENTRY.search(line):
+        if found := SERIALIZED.search(line):
+            serialized.add(found["symbol"])
+        elif found := ENTRY.search(line):
             kernel = {"symbol": found["symbol"], "arch": found["arch"], "stack": 0, "spill_stores": 0, "spill_loads": 0}
+            kernel["serialized_wgmma"] = found["symbol"] in serialized
         elif kernel and (found := PROPERTIES.search(line)):
             kernel["stack"] += int(found["stack"])
             kernel["spill_stores"] += int(found["stores"])

@@ -30,6 +30,11 @@ STABLE_TORCH_LIBRARY(diffullama, m) {
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? words,"
       " Tensor? tile_classes, Tensor? key_padding, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
 
+  // the forward on sm_90a, D 64 and 128; fragments: fragment_mask(words, Lk, False)
+  m.def(
+      "attention_hopper(Tensor q, Tensor k, Tensor v, Tensor? words, Tensor? fragments, Tensor? tile_classes,"
+      " Tensor? key_padding, bool causal, float scale) -> (Tensor out, Tensor lse)");
+
   // --- shifted cross-entropy: nll [B, L] of the masked tokens, 0 elsewhere; softcap 0 is none
   m.def(
       "shifted_cross_entropy(Tensor logits, Tensor x0, Tensor masked, bool shift, float label_smoothing, float softcap)"

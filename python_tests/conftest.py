@@ -17,6 +17,7 @@ from diffullama_ext import build_info
 
 CUDA_KERNELS = {
     "attention",
+    "attention_hopper",
     "annealed_mask",
     "fragment_mask",
     "id_mask",

@@ -25,8 +25,12 @@ assert _spec.loader is not None
 kernel_resources = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(kernel_resources)
 
-# As nvcc 13.0 prints it: a kernel without shared memory, one that spills, and one that calls a function.
+# As nvcc 13.0 prints it: a kernel without shared memory, one that spills, and one that calls a function and whose
+# products are serialized.
 PRINTED = """\
+ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma \
+instructions defining accumulator registers of a wgmma between start and end of the pipeline stage in the function \
+'_ZN2ns1cEv'
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN2ns1aEv' for 'sm_80'
 ptxas info    : Function properties for _ZN2ns1aEv
@@ -62,6 +66,7 @@ def test_report_is_parsed() -> None:
     assert (b["arch"], b["registers"], b["static_shared"]) == ("90a", 255, 392)
     assert (b["stack"], b["spill_stores"], b["spill_loads"]) == (8, 16, 24)
     assert (c["registers"], c["static_shared"], c["spill_stores"]) == (30, 96, 4)  # of the function that it calls
+    assert [k["serialized_wgmma"] for k in (a, b, c)] == [False, False, True]
 
 
 def test_only_the_report_is_kept_from_the_console() -> None:
@@ -130,6 +135,12 @@ def test_no_kernel_spills_without_a_reason() -> None:
         if k["spill_stores"] + k["spill_loads"] and k["kernel"].partition("<")[0] not in allowed
     }
     assert not spilling
+
+
+def test_no_products_are_serialized() -> None:
+    if not REPORT.exists():
+        pytest.skip("the CUDA library was not built")
+    assert not [k for k in json.loads(REPORT.read_text())["kernels"] if k.get("serialized_wgmma")]
 
 
 def test_a_reason_names_its_kernel() -> None:

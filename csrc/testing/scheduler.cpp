@@ -87,7 +87,9 @@ Thread* take_runnable() {
 }  // namespace
 
 void run_next(Context& from, bool from_ends) {
+  if (!state.copies.empty() && random_below(64) == 0) perform_a_copy(false);
   Thread* next = take_runnable();
+  while (next == nullptr && state.n_alive > 0 && perform_a_copy(true)) next = take_runnable();
   if (next == nullptr) {
     state.host->resume(from, from_ends);
     return;
@@ -131,6 +133,7 @@ void note_exit(Thread& self) {
   Block& block = *self.block;
   Warp& warp = *self.warp;
   const uint32_t bit = 1u << self.lane;
+  if (self.n_wgmma > self.n_wgmma_waited) fail("it exits while its wgmma is under way");
   ++block.n_gone;
   warp.gone |= bit;
   --state.n_alive;
@@ -188,6 +191,9 @@ void start_block(Block& block, size_t first_thread) {
     t.position = position_of(i, state.shape.block);
     t.copies.clear();
     t.copy_group = 0;
+    t.n_wgmma = t.n_wgmma_waited = 0;
+    t.wgmma_groups.clear();
+    t.wgmma_fenced = false;
     t.context.start(thread_main, state.stacks.stack(slot), StackPool::usable(slot));
     warp.lanes[t.lane] = &t;
     warp.gone &= ~(1u << t.lane);
@@ -217,6 +223,8 @@ void run_blocks(uint64_t first, size_t n) {
   state.blocks.clear();
   state.blocks.resize(n);
   state.active.clear();
+  state.copies.clear();
+  state.late_copies.clear();
   state.active.reserve(n * (threads_per_block() / kWarp + 1));
   state.whole = Barrier{};
   state.visits = 0;
@@ -230,6 +238,8 @@ void run_blocks(uint64_t first, size_t n) {
   state.current = nullptr;
   run_next(host, false);
   if (state.error.empty() && state.n_alive > 0) state.error = describe_deadlock();
+  if (state.error.empty() && !(state.copies.empty() && state.late_copies.empty()))
+    state.error = "a block ends while TMA loads are under way";
 }
 
 std::mutex launching;

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <new>
 #include <string>
@@ -12,6 +14,7 @@
 
 #include "cuda/vector_types.h"
 #include "fiber.h"
+#include "hopper.h"
 #include "races.h"
 #include "simulator.h"
 
@@ -41,6 +44,9 @@ struct Thread {
   int barrier_sum;
   std::vector<Copy> copies;
   int copy_group;
+  size_t n_wgmma, n_wgmma_waited;    // issued, known to be done
+  std::vector<size_t> wgmma_groups;  // where each open group ends
+  bool wgmma_fenced;
 };
 
 struct Warp {
@@ -64,6 +70,40 @@ struct Barrier {
   Site site{};
 };
 
+struct Mbarrier {
+  int arrivals = 0, left = 0;  // of a phase
+  int64_t bytes = 0;           // expected and not yet copied
+  int parity = 0;
+  Thread* waiting = nullptr;
+  char phases[2];  // for races.h
+};
+
+struct BoxCopy {
+  enum class When { kAtOnce, kSoon, kLate };
+
+  CUtensorMap map;  // kernel parameters are gone when their thread ends
+  BoxPlace at;
+  uint32_t to;  // shared address
+  const void* barrier;
+  Block* block;
+};
+
+struct PendingWgmma {
+  Wgmma product;
+  Site site;
+  int n_threads = 0;
+  float* d[128];
+  const uint32_t* a[128];
+
+  PendingWgmma(const Wgmma& product, Site site) : product(product), site(site) {}
+};
+
+struct Warpgroup {
+  std::deque<PendingWgmma> ops;
+  size_t first = 0, n_done[4] = {};  // numbers of ops.front(), and of the first that has not been performed by warp
+  Thread* waiting = nullptr;         // for others to issue
+};
+
 struct Chunk {
   const void* key;
   char* data;
@@ -77,6 +117,8 @@ struct Block {
   Barrier barriers[kNamedBarriers];
   std::vector<Warp> warps;
   std::vector<Chunk> shared;
+  std::map<const void*, Mbarrier> mbarriers;
+  std::vector<Warpgroup> warpgroups;
 
   Block() = default;
   Block(Block&&) = default;
@@ -95,7 +137,8 @@ struct State {
   const std::function<void()>* body = nullptr;
   std::vector<Block> blocks;  // alive: one, a cluster, or the grid
   std::vector<std::unique_ptr<Thread>> threads;
-  std::vector<Warp*> active;  // those with runnable lanes
+  std::vector<Warp*> active;                 // those with runnable lanes
+  std::vector<BoxCopy> copies, late_copies;  // TMA loads under way; the late ones wait until nobody can run
   Favour favour = Favour::kNone;
   Thread* current = nullptr;
   size_t n_alive = 0;
@@ -120,6 +163,9 @@ void favour_anew();
 
 // --- shared memory (memory.cpp): the chunk of that key, made if it is new
 void* shared_chunk(Block& block, const void* key, size_t size, size_t alignment);
+
+// --- TMA (hopper.cpp): performs one of the loads under way; false if there is none
+bool perform_a_copy(bool late);
 
 // --- for messages
 std::string text(uint3 position);

@@ -65,12 +65,16 @@ def attention(
         allowed = None if mask is None or kind == "full" else mask.to_dense()
         out, lse = reference.attention.attention(q, k, v, allowed, key_padding, scale)
     else:
-        words = classes = None
+        words = classes = fragments = None
         if mask is not None and kind == "bits":
             words = mask.words
-            if path == "portable":
+            if path != "torch":
                 classes = mask.tile_classes(ops.attention.CLASS_TILE, ops.attention.CLASS_TILE)
-        out, lse = ops.attention.attention(q, k, v, words, classes, key_padding, kind == "causal", scale)
+            if path == "hopper":
+                fragments = mask.fragments()
+        out, lse = ops.attention.attention(
+            q, k, v, words, classes, key_padding, kind == "causal", scale, fragments, hopper=path == "hopper"
+        )
     return (out, lse.detach()) if return_lse else out
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import attention_hopper
+
 # What csrc/attention takes; the rest goes through the reference.
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 KERNEL_WIDTHS = (32, 64, 96, 128, 256)
@@ -172,10 +174,11 @@ def _forced() -> str:
 
 
 def path(q: Tensor) -> str:
-    """Which implementation takes q: "portable" (csrc/attention), "torch" (on the CPU) or "reference".
+    """Which implementation takes q: "portable" or "hopper" (csrc/attention), "torch" (on the CPU) or "reference".
 
-    ``DIFFULLAMA_ATTENTION`` = portable, hopper or reference forces one. ValueError for another name, or for a q that
-    the forced path does not take; RuntimeError for a path that this build lacks on q's device.
+    ``DIFFULLAMA_ATTENTION`` = portable, hopper or reference forces one; "hopper" is never chosen otherwise. ValueError
+    for another name, or for a q that the forced path does not take; RuntimeError for a path that this build lacks on
+    q's device.
     """
     has_kernel = q.device.type == "cuda" or _SIMULATED
     fits = q.dtype in KERNEL_DTYPES and q.shape[3] in KERNEL_WIDTHS
@@ -186,12 +189,13 @@ def path(q: Tensor) -> str:
         return forced
     if forced not in ("portable", "hopper"):
         raise ValueError(f"{_FORCE} must be portable, hopper or reference, got {forced!r}")
-    if forced == "hopper" or not has_kernel:
+    if not (attention_hopper.runs_on(q.device) if forced == "hopper" else has_kernel):
         raise RuntimeError(f"{_FORCE}={forced}: this build has no such path on {q.device.type}")
-    if not fits:
-        widths = ", ".join(map(str, KERNEL_WIDTHS))
+    widths = attention_hopper.WIDTHS if forced == "hopper" else KERNEL_WIDTHS
+    if q.dtype not in KERNEL_DTYPES or q.shape[3] not in widths:
+        taken = ", ".join(map(str, widths))
         raise ValueError(
-            f"{_FORCE}=portable takes float16 and bfloat16 of a head size in {widths}, got {q.dtype} of {q.shape[3]}"
+            f"{_FORCE}={forced} takes float16 and bfloat16 of a head size in {taken}, got {q.dtype} of {q.shape[3]}"
         )
     return forced
 
@@ -205,11 +209,17 @@ def attention(
     key_padding: Tensor | None,
     causal: bool,
     scale: float,
+    fragments: Tensor | None = None,
+    *,
+    hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, H, Lq, D], lse [B, H, Lq]); differentiable in q, k and v through out.
 
-    tile_classes: of the words in tiles of CLASS_TILE x CLASS_TILE, which only "portable" reads.
+    tile_classes: of the words in tiles of CLASS_TILE x CLASS_TILE, which only csrc/attention reads; fragments: of the
+    words, for "hopper" only.
     """
     if scale < 0:
         q, scale = -q, -scale  # the kernels take the maximum of unscaled scores
+    if hopper:
+        return attention_hopper.attention(q, k, v, words, fragments, tile_classes, key_padding, causal, scale)
     return torch.ops.diffullama.attention.default(q, k, v, words, tile_classes, key_padding, causal, scale)

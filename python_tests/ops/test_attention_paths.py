@@ -10,6 +10,7 @@ from comparison import assert_all_equal, compiled_frames, strided
 from torch import Tensor
 
 from diffullama_ext import AttentionMask, annealed_attention, attention
+from diffullama_ext.ops import attention_hopper
 from diffullama_ext.ops.attention import path
 
 pytestmark = [pytest.mark.op("attention"), pytest.mark.ext]
@@ -222,6 +223,7 @@ def test_forced_path(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFULLAMA_ATTENTION", "reference")
     assert_all_equal(run(i), run(i, impl="reference"))
     monkeypatch.setenv("DIFFULLAMA_ATTENTION", "hopper")
+    monkeypatch.setattr(attention_hopper, "runs_on", lambda device: False)
     with pytest.raises(RuntimeError, match=r"DIFFULLAMA_ATTENTION=hopper: this build has no such path on"):
         run(i)
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX", "g++")
 OPTIONS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-math-errno")
-SIMULATOR = tuple(f"testing/{name}.cpp" for name in ("barriers", "fiber", "memory", "scheduler"))
+SIMULATOR = tuple(f"testing/{name}.cpp" for name in ("barriers", "fiber", "hopper", "memory", "scheduler"))
 _SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 _RACES = ("-fsanitize=thread", "-DSIMULATOR_FINDS_RACES")
 # Compiler options of the kernels and of the simulator, as in csrc/testing/CMakeLists.txt.

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles of the sm_90a attention kernel and its launch plan.
+#pragma once
+
+#include "attention_plan.h"
+
+namespace diffullama {
+
+constexpr bool is_hopper_attention_width(int64_t D) { return D == 64 || D == 128; }
+
+// A block's consumer warpgroups keep 64 queries each and go through the keys 128 at a time, in rings of `stages` tiles
+// of K and of V that a producer warpgroup fills.
+//   registers : a block starts with as many a thread as 64 Ki allow, in eights, and warpgroups then share those among
+//               themselves; a consumer thread holds scores (64), their 16-bit probabilities (32) and D / 2 outputs
+//   shared    : Q 128 groups D bytes, K and V 256 D bytes a stage each: 160 KB at D = 128, 152 KB at D = 64
+struct HopperAttentionTile {
+  int groups, stages, consumer_registers, producer_registers;
+
+  constexpr int rows() const { return 64 * groups; }
+  constexpr int threads() const { return 128 * (groups + 1); }
+  constexpr bool shares_registers() const {
+    return producer_registers + groups * consumer_registers == 65536 / threads() / 8 * 8 * (groups + 1);
+  }
+};
+
+constexpr int kHopperColumns = 128;
+
+constexpr HopperAttentionTile hopper_attention_tile(int D) {
+  return D == 128 ? HopperAttentionTile{2, 2, 232, 40} : HopperAttentionTile{3, 4, 160, 32};
+}
+
+static_assert(hopper_attention_tile(64).shares_registers() && hopper_attention_tile(128).shares_registers());
+
+// What the swizzle's alignment may cost is included.
+constexpr int64_t hopper_attention_shared_bytes(int D) {
+  const HopperAttentionTile tile = hopper_attention_tile(D);
+  return tile_bytes(tile.rows() + 2 * tile.stages * kHopperColumns, D) + 1024;
+}
+
+inline int64_t hopper_attention_tiles(const AttentionSizes& s) {
+  return s.B * s.H * ceil_div(s.Lq, hopper_attention_tile(static_cast<int>(s.D)).rows());
+}
+
+// A block a multiprocessor where all tiles cost the same; otherwise one a tile, for the hardware to even out.
+inline KernelPlan plan_attention_hopper(const AttentionSizes& s, bool is_half, MaskKind kind, int64_t n_masks,
+                                        bool even_tiles, int n_sm) {
+  KernelPlan plan = plan_attention(s, is_half, kind, n_masks);
+  const int D = static_cast<int>(s.D);
+  plan.kernel = attention_kernel_name("attention_hopper_forward_kernel", is_half, s.D);
+  plan.grid = hopper_attention_tiles(s);
+  if (even_tiles) plan.grid = std::min<int64_t>(plan.grid, n_sm);
+  plan.block = hopper_attention_tile(D).threads();
+  plan.shared_bytes = hopper_attention_shared_bytes(D);
+  return plan;
+}
+
+}  // namespace diffullama

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mbarrier, TMA and wgmma of sm_90a in the simulator against what PTX defines; the attention kernel that uses them,
+whole and broken in one place."""
+
+import ctypes
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from host_compiler import CSRC, build, run
+
+SUCCESS, INVALID_VALUE = 0, 1
+KERNEL, BASE = "attention/attention_hopper_forward_kernel.cu", "common/hopper.cuh"
+SOURCES = (KERNEL, "testing/mutations/attention_hopper.cu")
+
+
+@pytest.fixture
+def call(checks: ctypes.CDLL) -> Callable[..., int]:
+    """Calls a check by name; arrays go by pointer, ints as int32."""
+
+    def run_check(name: str, *arguments: np.ndarray | int | bool) -> int:
+        converted = [a.ctypes.data_as(ctypes.c_void_p) if isinstance(a, np.ndarray) else a for a in arguments]
+        return int(getattr(checks, f"check_{name}")(*converted))
+
+    return run_check
+
+
+def _swizzled(rows: np.ndarray) -> np.ndarray:
+    """Rows of 64 elements as they lie: the 16-byte chunk c of row r at place c ^ (r % 8)."""
+    chunks = rows.reshape(len(rows), 8, 8)
+    place = np.arange(8)[None, :] ^ np.arange(len(rows))[:, None] % 8
+    out = np.empty_like(chunks)
+    np.put_along_axis(out, place[:, :, None].repeat(8, axis=2), chunks, axis=1)
+    return out.reshape(rows.shape)
+
+
+@pytest.mark.parametrize(
+    ("size", "at", "rows"),
+    [
+        ((64, 64, 1, 1), (0, 0, 0, 0), 64),
+        ((128, 40, 3, 2), (64, 8, 2, 1), 32),
+        ((128, 40, 3, 2), (64, 30, 1, 1), 24),  # rows past the end are zeros, not the next matrix's
+        ((64, 5, 2, 2), (0, 5, 0, 0), 16),
+        ((128, 20, 2, 2), (-8, -3, 1, 0), 16),
+        ((72, 20, 2, 1), (64, 2, 0, 0), 8),
+        ((64, 20, 2, 1), (0, 2, 2, 0), 8),
+    ],
+)
+def test_box(call: Callable[..., int], size: tuple[int, ...], at: tuple[int, ...], rows: int) -> None:
+    tensor = np.random.default_rng(0).integers(1, 2**16, size[::-1], dtype=np.uint16)
+    out = np.zeros((rows, 64), np.uint16)
+    assert call("box", tensor, np.array(size, np.int32), np.array(at, np.int32), rows, out) == SUCCESS
+    x, y, z, w = at
+    expected = np.zeros((rows, 64), np.uint16)
+    for r in range(rows):
+        for c in range(64):
+            if 0 <= x + c < size[0] and 0 <= y + r < size[1] and 0 <= z < size[2] and 0 <= w < size[3]:
+                expected[r, c] = tensor[w, z, y + r, x + c]
+    assert (out == _swizzled(expected)).all()
+
+
+def test_box_the_driver_refuses(call: Callable[..., int]) -> None:
+    tensor, out = np.zeros(4096, np.uint16), np.zeros((8, 64), np.uint16)
+    at = np.zeros(4, np.int32)
+    assert call("box", tensor, np.array([68, 8, 1, 1], np.int32), at, 8, out) == INVALID_VALUE  # rows of 136 bytes
+    assert call("box", tensor[1:], np.array([64, 8, 1, 1], np.int32), at, 8, out) == INVALID_VALUE
+    assert call("box", tensor, np.array([64, 8, 1, 1], np.int32), at, 257, out) == INVALID_VALUE
+
+
+@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("transposed", [False, True], ids=["K-major", "N-major"])
+@pytest.mark.parametrize("registers", [False, True], ids=["shared", "registers"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_wgmma(call: Callable[..., int], columns: int, transposed: bool, registers: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(64, 128, generator=generator).to(dtype)
+    b = torch.randn(128, columns, generator=generator).to(dtype)
+    out = np.full((64, columns), np.nan, np.float32)
+    bits = [x.contiguous().view(torch.int16).numpy() for x in (a, b if transposed else b.T)]
+    assert call("wgmma", *bits, out, columns, transposed, registers, dtype == torch.bfloat16) == SUCCESS
+    torch.testing.assert_close(torch.from_numpy(out).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_ring(call: Callable[..., int], n: int) -> None:
+    tiles = np.random.default_rng(0).integers(0, 2**16, (n, 64, 64), dtype=np.uint16)
+    out = np.zeros((64, 64), np.uint32)
+    assert call("ring", tiles, out, n) == SUCCESS
+    assert (out == sum(_swizzled(tile).astype(np.uint32) for tile in tiles)).all()
+
+
+class Mutation(NamedTuple):
+    """One edit, and a word of what it leads to; "" where that depends on the order of threads."""
+
+    path: str
+    old: str
+    new: str
+    outcome: str = "differs"
+
+
+MUTATIONS = {
+    "scores read before their products are done": Mutation(KERNEL, "wgmma_wait<1>(s);", ""),
+    "outputs scaled while their product runs": Mutation(KERNEL, "wgmma_wait<0>(out, probabilities);\n        if", "if"),
+    "no wgmma_fence": Mutation(KERNEL, "wgmma_fence(s, out, probabilities);", "", "without wgmma_fence"),
+    "K given back before it is read": Mutation(
+        KERNEL,
+        "        wgmma_wait<1>(s);\n        release(pipeline.k_empty[k_at.stage]);",
+        "        release(pipeline.k_empty[k_at.stage]);\n        wgmma_wait<1>(s);",
+    ),
+    "V used before it is there": Mutation(KERNEL, "mbarrier_wait(pipeline.v_full[v_at.stage], v_at.parity);", "", ""),
+    "the next queries loaded while these are used": Mutation(
+        KERNEL, "mbarrier_wait(pipeline.q_empty, q_parity ^ 1);", ""
+    ),
+    "one arrival short": Mutation(KERNEL, "kConsumerWarps = 4 * kTile.groups", "kConsumerWarps = 4", ""),
+    "too few bytes expected": Mutation(KERNEL, "static_cast<int>(sizeof to)", "static_cast<int>(sizeof to) / 2", ""),
+    "panels too close": Mutation(KERNEL, "kHopperColumns * kPanel * 2;", "kHopperColumns * kPanel;"),
+    "unaligned swizzle": Mutation(BASE, "% kSwizzleBytes);", "% 128);", "inside the swizzle"),
+    "bits of the other rows": Mutation(KERNEL, "query(q0 + fragment_row", "query(fragment_row"),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_attention_kernel_as_it_is(seed: int) -> None:
+    assert run(build(SOURCES), seed=seed) == (0, "agrees\n")
+
+
+def test_attention_kernel_sanitized() -> None:
+    assert run(build(SOURCES, "sanitized"), "5") == (0, "agrees\n")
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_noticed(name: str, tmp_path: Path) -> None:
+    mutation = MUTATIONS[name]
+    root = tmp_path / "csrc"
+    for folder in ("common", "attention", "attention_mask", "testing"):
+        shutil.copytree(CSRC / folder, root / folder)
+    path = root / mutation.path
+    text = path.read_text()
+    assert mutation.old in text, "the kernel has changed: change the mutation"
+    path.write_text(text.replace(mutation.old, mutation.new, 1))
+    status, output = run(build(SOURCES, root=root))
+    assert status != 0
+    assert mutation.outcome in output
