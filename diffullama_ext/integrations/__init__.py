@@ -2,6 +2,7 @@
 """Where the package meets other libraries."""
 
 from .loading import load, load_causal_lm
+from .lora import add_lora
 from .published import CONVENTIONS, Convention, save_wrapped
 from .transformers import DiffusionConfig, adapt, prepare, register_attention
 
@@ -10,6 +11,7 @@ __all__ = [
     "Convention",
     "DiffusionConfig",
     "adapt",
+    "add_lora",
     "load",
     "load_causal_lm",
     "prepare",
