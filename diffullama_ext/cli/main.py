@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from .._version import __version__
-from .adapt import adapt
+from .adapt import register as register_adapt
 from .bench import bench
 from .demo import demo
 from .errors import BAD_INPUT, FAILED, INTERRUPTED, OK, BadInput, one_line
@@ -93,7 +93,7 @@ def _root(
 
 
 app.command()(demo)
-app.command()(adapt)
+register_adapt(app)
 app.command(cls=SamplingCommand)(sample)
 app.command(cls=SamplingCommand)(infill)
 app.command()(bench)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,11 +57,13 @@ class DiffusionScores:
             log-likelihood (exact but for the t below t_min).
         masked_loss: by t, nll per masked token, unweighted.
         masked_accuracy: by t, share of masked tokens whose largest logit is the right one.
+        masked_loss_by_bin: by (low, high) bin of t, nll per masked token at the levels of diffusion_loss.
     """
 
     diffusion_loss: Estimate
     masked_loss: dict[float, Estimate]
     masked_accuracy: dict[float, Estimate]
+    masked_loss_by_bin: dict[tuple[float, float], Estimate] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -69,6 +71,9 @@ class DiffusionScores:
             "diffusion_loss": self.diffusion_loss.to_dict(),
             "masked_loss": {str(t): estimate.to_dict() for t, estimate in self.masked_loss.items()},
             "masked_accuracy": {str(t): estimate.to_dict() for t, estimate in self.masked_accuracy.items()},
+            "masked_loss_by_bin": [
+                {"t": list(ends), **estimate.to_dict()} for ends, estimate in sorted(self.masked_loss_by_bin.items())
+            ],
         }
 
 
@@ -173,6 +178,7 @@ def diffusion_scores(
     scorer = _Scorer(model, mask_id, shift, config.seed, diffusion_mask)
     batches = torch.arange(len(blocks)).split(config.batch_size)
     elbo: list[tuple[Tensor, Tensor]] = []
+    by_draw: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.draws)]
     loss: dict[float, list[tuple[Tensor, Tensor]]] = {t: [] for t in config.times}
     accuracy: dict[float, list[tuple[Tensor, Tensor]]] = {t: [] for t in config.times}
     with evaluating(model):
@@ -182,7 +188,8 @@ def diffusion_scores(
             for draw in range(config.draws):
                 index = number * config.draws + draw
                 t = draw_t(index, config.seed, t_min=config.t_min, strata=config.draws)
-                nll, _, _ = scorer(x0, index, t)
+                nll, _, count = scorer(x0, index, t)
+                by_draw[draw].append((nll, count))
                 weighted += nll / t.double()
             elbo.append((weighted, torch.full_like(weighted, config.draws * (x0.shape[1] - int(shift)))))
             for level in config.times:
@@ -195,4 +202,11 @@ def diffusion_scores(
         concatenated(elbo),
         {level: concatenated(parts) for level, parts in loss.items()},
         {level: concatenated(parts) for level, parts in accuracy.items()},
+        {_bin(draw, config): concatenated(parts) for draw, parts in enumerate(by_draw)},
     )
+
+
+def _bin(draw: int, config: EvaluationConfig) -> tuple[float, float]:
+    """The levels that a draw takes: draw_t's stratum of that number, counted from t = 1 down."""
+    width = (1.0 - config.t_min) / config.draws
+    return (1.0 - (draw + 1) * width, 1.0 - draw * width)

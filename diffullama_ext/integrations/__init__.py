@@ -1,6 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the package meets other libraries."""
 
-from .transformers import DiffusionConfig, adapt, load, load_causal_lm, prepare, register_attention
+from .loading import load, load_causal_lm
+from .lora import add_lora
+from .published import CONVENTIONS, Convention, save_wrapped
+from .transformers import DiffusionConfig, adapt, prepare, register_attention
 
-__all__ = ["DiffusionConfig", "adapt", "load", "load_causal_lm", "prepare", "register_attention"]
+__all__ = [
+    "CONVENTIONS",
+    "Convention",
+    "DiffusionConfig",
+    "adapt",
+    "add_lora",
+    "load",
+    "load_causal_lm",
+    "prepare",
+    "register_attention",
+    "save_wrapped",
+]

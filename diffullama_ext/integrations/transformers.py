@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,8 +18,6 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -295,48 +292,8 @@ def adapt(
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """Give an adapted model that transformers loaded the attention of this package; ValueError where it is not one."""
-    DiffusionConfig.of(_check_causal_lm(model))
+    mask_id = DiffusionConfig.of(_check_causal_lm(model)).mask_id
+    if mask_id >= _n_embeddings(model):
+        raise ValueError(f"mask_token_id must be in the vocabulary of {_n_embeddings(model)} tokens, got {mask_id}")
     _use_attention(model)
     return model
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def load_causal_lm(path_or_id: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Any causal language model and its tokenizer, with errors of one line.
-
-    Args:
-        path_or_id: a directory or an id of the Hugging Face Hub.
-        kwargs: of ``AutoModelForCausalLM.from_pretrained`` (dtype, device_map, ...).
-
-    Raises:
-        FileNotFoundError: no model or no tokenizer is there. ValueError: it is not a causal language model.
-    """
-    name = str(path_or_id)
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name.count("/") > 1 or name.startswith(".")):
-        raise FileNotFoundError(f"no such directory: {name!r}")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except OSError as error:
-        raise FileNotFoundError(f"no model at {name!r}: {_first_line(error)}") from error
-    except ValueError as error:
-        raise ValueError(f"{name!r} is not a causal language model: {_first_line(error)}") from error
-    try:
-        return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"no tokenizer at {name!r}: {_first_line(error)}") from error
-
-
-def load(path_or_id: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An adapted model and its tokenizer, ready for the ops of this package; arguments as :func:`load_causal_lm`.
-
-    Raises:
-        FileNotFoundError: nothing is there. ValueError: it is not a causal language model, or it is not adapted.
-    """
-    model, tokenizer = load_causal_lm(path_or_id, **kwargs)
-    return prepare(model), tokenizer

@@ -55,6 +55,12 @@ def _check_head(causal_lm: nn.Module, expected: Tensor, logits: Tensor) -> None:
     _CHECKED_HEADS.add(causal_lm)
 
 
+def head_weight(head: Any) -> Tensor:
+    """[V, H] of the head; with the rows that peft trains apart (trainable_token_indices) of a tied embedding."""
+    adapter = getattr(head, "token_adapter", None)
+    return head.weight if adapter is None else adapter.get_merged_weights(adapter.active_adapters)
+
+
 def forward_to_score(model: nn.Module, inputs: dict[str, object], score: Score) -> tuple[Tensor, ...]:
     """Call ``model`` so that its forward returns score(hidden, weight, bias, softcap).
 
@@ -64,7 +70,7 @@ def forward_to_score(model: nn.Module, inputs: dict[str, object], score: Score) 
     """
     causal_lm = _causal_lm(model)
     decoder, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
-    if hasattr(head, "base_layer"):
+    if hasattr(head, "base_layer") and not hasattr(head, "token_adapter"):
         raise ValueError(
             f"the head is a {type(head).__name__} of an adapter, whose weight is not all of it: leave it out of "
             "target_modules, or train it whole by modules_to_save"
@@ -80,9 +86,10 @@ def forward_to_score(model: nn.Module, inputs: dict[str, object], score: Score) 
 
     def at_decoder(module: nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
         hidden, bias = output[0], getattr(head, "bias", None)
-        made.append(score(hidden, head.weight, bias, softcap))
+        weight = head_weight(head)
+        made.append(score(hidden, weight, bias, softcap))
         if causal_lm not in _CHECKED_HEADS:
-            logits = nn.functional.linear(hidden[:, -1:].detach(), head.weight.detach(), bias)
+            logits = nn.functional.linear(hidden[:, -1:].detach(), weight.detach(), bias)
             expected.append(softcap * torch.tanh(logits / softcap) if softcap else logits)
 
     def at_model(module: nn.Module, args: object, output: Any) -> tuple[Tensor, ...]:

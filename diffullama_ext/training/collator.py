@@ -14,11 +14,12 @@ class DiffusionCollator:
     """Pads on the right.
 
     An example holds ``input_ids`` (ids of clean tokens), ``sample_index`` (its number), and optionally
-    ``attention_mask`` (0 for padding) and ``maskable`` (0 for a prompt: neither masked nor scored), each of its length.
+    ``attention_mask`` (0 for padding), ``maskable`` (0 for a prompt: neither masked nor scored) and ``document_ids``
+    (attention stays inside documents), each of its length.
 
-    Returns a batch of ``input_ids`` [B, L] int64 and ``sample_index`` [B] int64; ``maskable`` [B, L] bool where an
-    example has it; ``attention_mask`` [B, L] bool only where something is padding, so that attention without padding
-    needs no look at a mask on the device.
+    Returns a batch of ``input_ids`` [B, L] int64 and ``sample_index`` [B] int64; ``maskable`` [B, L] bool and
+    ``document_ids`` [B, L] int64 where an example has it; ``attention_mask`` [B, L] bool only where something is
+    padding, so that attention without padding needs no look at a mask on the device.
     """
 
     pad_id: int = 0
@@ -40,6 +41,8 @@ class DiffusionCollator:
             batch["attention_mask"] = attention_mask
         if any("maskable" in example for example in examples):
             batch["maskable"] = self._padded(examples, "maskable", 0).bool()
+        if any("document_ids" in example for example in examples):
+            batch["document_ids"] = self._padded(examples, "document_ids", -1).long()
         return batch
 
     def _padded(self, examples: Sequence[Mapping[str, Any]], name: str, value: int) -> Tensor:

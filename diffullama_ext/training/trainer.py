@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import shutil
+import zlib
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,9 +18,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..integrations import DiffusionConfig
 from ..objective import DiffusionObjective, ObjectiveConfig, ObjectiveOutput
 from ..schedules import AttentionAnnealing
+from .checkpoints import STAGING, check_checkpoint, checkpoints, commit, explaining, rotate
 from .collator import DiffusionCollator
 from .numbering import NumberedDataset, NumberedSampler
 
+NOISE_INPUTS = ("maskable", "attention_mask", "document_ids", "sample_index")  # of a batch, besides its tokens
 EVAL_SEED = 2**63 - 1  # of the noise of evaluation; no seed that people give a training run
 
 
@@ -62,10 +68,12 @@ class DiffusionTrainer(Trainer):
         args: of transformers; ``train_sampling_strategy`` "random" or "sequential".
         objective: None takes mask_id and shift from the model's config, and the defaults of ObjectiveConfig.
         anneal_steps: None takes the model's config.
+        teacher: an adapted model, in evaluation mode, for an objective with ``distill_weight``.
         eval_seed: of the noise in evaluation.
         kwargs: of Trainer (train_dataset, eval_dataset, processing_class, data_collator, callbacks, ...).
 
-    Checkpoints are plain transformers models.
+    Checkpoints are plain transformers models, written whole or not at all; ``train(resume_from_checkpoint=...)``
+    refuses one that is torn or of another run (another objective, order, data or batch) and continues its own.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole accumulation window
@@ -77,6 +85,7 @@ class DiffusionTrainer(Trainer):
         *,
         objective: ObjectiveConfig | None = None,
         anneal_steps: int | None = None,
+        teacher: nn.Module | None = None,
         eval_seed: int = EVAL_SEED,
         **kwargs: Any,
     ) -> None:
@@ -98,11 +107,12 @@ class DiffusionTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that Trainer counts, by _get_num_items_in_batch, before the loss
         diffusion = DiffusionConfig.of(cast(PreTrainedModel, self.model))
         self.diffusion_objective = DiffusionObjective(
-            objective or ObjectiveConfig(diffusion.mask_id, shift=diffusion.shift)
+            objective or ObjectiveConfig(diffusion.mask_id, shift=diffusion.shift), teacher
         )
         self.annealing = AttentionAnnealing(diffusion.anneal_steps if anneal_steps is None else anneal_steps)
         self.eval_seed = eval_seed
         self._sums = self._zero_sums()
+        self._staging: Path | None = None
         self.add_callback(_SetEpoch(self))
 
     # --- data ---------------------------------------------------------------------------------------------------------
@@ -124,14 +134,13 @@ class DiffusionTrainer(Trainer):
         return super().get_eval_dataloader(eval_dataset if isinstance(eval_dataset, str) else _numbered(eval_dataset))
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "attention_mask", "maskable", "sample_index"]  # type: ignore[assignment]
+        self._signature_columns = ["input_ids", *NOISE_INPUTS]  # type: ignore[assignment]
 
     # --- loss ---------------------------------------------------------------------------------------------------------
 
     def _noise(self, inputs: dict[str, Tensor], seed: int) -> dict[str, Any]:
         """Of what the objective's draw of a batch depends on, everything but x0."""
-        given = {name: inputs.get(name) for name in ("maskable", "attention_mask", "sample_index")}
-        return {**given, "seed": seed}
+        return {"seed": seed, "step": self.state.global_step} | {name: inputs.get(name) for name in NOISE_INPUTS}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         """The denominator of one optimiser step, over its micro-batches and all processes."""
@@ -154,7 +163,6 @@ class DiffusionTrainer(Trainer):
             model,
             inputs["input_ids"],
             attn_mask_ratio=self.annealing(self.state.global_step),
-            step=self.state.global_step,
             **self._noise(inputs, self.args.seed),
         )
         self._sums += torch.stack([output.stats.nll_sum, output.stats.n_scored]).double()
@@ -176,6 +184,64 @@ class DiffusionTrainer(Trainer):
             logs["attn_mask_ratio"] = self.annealing(max(self.state.global_step - 1, 0))
             self._sums = self._zero_sums()
         super().log(logs, *args, **kwargs)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def run_identity(self) -> dict[str, Any]:
+        """What a run may not change when it resumes, for JSON; processes and micro-batches it may."""
+        args, dataset = self.args, cast(Any, self.train_dataset)
+        size = len(dataset) if hasattr(dataset, "__len__") else None
+        digest = 0
+        for place in range(0, size or 0, max(1, (size or 0) // 16)):
+            row = dataset.dataset[place] if isinstance(dataset, NumberedDataset) else dataset[place]
+            digest = zlib.crc32(torch.as_tensor(row["input_ids"]).long().numpy().tobytes(), digest)
+        return {
+            "objective": asdict(self.diffusion_objective.config),
+            "anneal_steps": self.annealing.anneal_steps,
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+            "order": getattr(args, "train_sampling_strategy", "random"),
+            "samples": size,
+            "digest of some samples": digest,
+            "samples a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        }
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Of Trainer; ValueError for a checkpoint that is torn or of another run. True takes the last one."""
+        if resume_from_checkpoint is True:
+            found = checkpoints(self.args.output_dir or "")
+            if not found:
+                raise FileNotFoundError(f"no checkpoint in {self.args.output_dir}")
+            resume_from_checkpoint = str(found[-1])
+        if resume_from_checkpoint:
+            check_checkpoint(Path(resume_from_checkpoint), self.run_identity())
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Of Trainer, into a hidden folder that gets its name when all processes are through."""
+        out, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        main, staging = self.is_world_process_zero(), out / STAGING
+        with explaining(out / name):
+            if main:
+                shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+            self.accelerator.wait_for_everyone()
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self.accelerator.wait_for_everyone()
+            best = self.state.best_global_step
+            self.state.best_model_checkpoint = str(out / f"checkpoint-{best}") if best else None
+            if main:
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))  # it had the best one's hidden name
+                commit(staging / name, out / name, self.run_identity())
+                shutil.rmtree(staging)
+                rotate(out, self.args.save_total_limit, self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,13 @@ TEXT = "def add(a, b):\n    return a + b\n\n\nclass Counter:\n    n = 0\n" * 40
 Run = Callable[..., Result]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFULLAMA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def run() -> Run:
     """Call the command line in this process."""

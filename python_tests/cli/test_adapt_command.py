@@ -76,8 +76,8 @@ def test_a_seed_repeats_the_adaptation(run, models, text_file, tmp_path):
         ("broken.jsonl", b'{"text": \n oh', "is not readable as json: "),
         ("other.jsonl", b'{"body": "x"}\n', "has no column 'text'; it has 'body'"),
         ("false.parquet", b"no parquet at all", "is not readable as parquet: "),
-        ("short.txt", b"x", "the data is too short: 1 documents make 2 tokens, one block needs 16"),
-        ("block.txt", b"0123456789 123456789", "the data is too short: 1 block of 16 tokens cannot be split"),
+        ("short.txt", b"x", "is too short: 1 documents make 2 tokens, one block needs 16"),
+        ("block.txt", b"0123456789 123456789", "is too short: 1 block of 16 tokens cannot be split"),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value and " " not in value else "",
 )
@@ -98,7 +98,7 @@ def test_a_file_that_may_not_be_read(fails, models, text_file, tmp_path):
 
 @pytest.mark.parametrize("name", ["bert", "t5", "weights", "nowhere"])
 def test_models_that_cannot_be_adapted(fails, models, text_file, tmp_path, name):
-    text = "no such directory" if name == "nowhere" else "is not a causal language model"
+    text = {"nowhere": "no such directory", "bert": "missing weights: "}.get(name, "is not a causal language model")
     arguments = ("--model", models / name, "--data", text_file, "--out", tmp_path / "out")
     fails(2, (text,), "adapt", *arguments, *QUICK)
 
@@ -107,8 +107,8 @@ def test_models_that_cannot_be_adapted(fails, models, text_file, tmp_path, name)
     ("options", "text"),
     [
         (("--length", 64), "--length must be at most the model's 32 positions, got 64"),
-        (("--anneal-steps", 7), "--anneal-steps must be at most --steps, got 7 and 6"),
-        (("--heldout", 1.5), "share must be in (0, 1), got 1.5"),
+        (("--anneal-steps", 7), "anneal_steps must be at most steps, got 7 and 6"),
+        (("--heldout", 1.5), "heldout must be in (0, 1), got 1.5"),
     ],
     ids=["length", "annealing", "share"],
 )

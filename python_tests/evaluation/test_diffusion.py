@@ -74,6 +74,25 @@ def test_equals_the_dense_computation(family, shift, blocks):
     assert_same(scores, dense(model, blocks, CONFIG, shift))
 
 
+def test_the_bins_of_t_are_those_that_the_draws_fall_in(blocks):
+    config = EvaluationConfig(draws=4, seed=3)
+    bins = diffusion_scores(adapted(), blocks, config, mask_id=MASK_ID, shift=True).masked_loss_by_bin
+    index = torch.arange(len(blocks))
+    for draw, (low, high) in enumerate(bins):
+        t = draw_t(index * 4 + draw, 3, t_min=config.t_min, strata=4)
+        assert low - 1e-6 <= t.min() <= t.max() <= high + 1e-6
+    assert sum(high - low for low, high in bins) == pytest.approx(1 - config.t_min)
+    model = adapted()  # one bin is the plain mean over all masked tokens of its draw
+    (only,) = diffusion_scores(
+        model, blocks, EvaluationConfig(draws=1), mask_id=MASK_ID, shift=True
+    ).masked_loss_by_bin.values()
+    t = draw_t(index, 0)
+    noised = mask_tokens(blocks.long(), t, mask_id=MASK_ID, seed=0, sample_index=index)
+    logits = model(noised.xt).logits[:, :-1]
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), blocks[:, 1:].long(), reduction="none")
+    assert only.mean == pytest.approx(nll[noised.masked[:, 1:]].mean().item(), rel=1e-5)
+
+
 def test_attends_as_it_is_told(blocks):
     model, causal = adapted(), AttentionMask.causal(10)
     scores = diffusion_scores(model, blocks, CONFIG, mask_id=MASK_ID, shift=True, diffusion_mask=causal)
@@ -172,7 +191,7 @@ def test_reports_progress_and_serialises(blocks):
     )
     assert seen == [(1, 2), (2, 2)]
     figures = scores.to_dict()
-    assert set(figures) == {"diffusion_loss", "masked_loss", "masked_accuracy"}
+    assert set(figures) == {"diffusion_loss", "masked_loss", "masked_accuracy", "masked_loss_by_bin"}
     assert figures["masked_loss"]["0.3"]["mean"] == scores.masked_loss[0.3].mean
 
 

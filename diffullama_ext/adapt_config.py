@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that decides an adaptation: one dataclass for YAML, flags, presets and the record kept with the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import yaml
+
+from .checks import check_choice, check_range
+from .objective import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+
+
+def _option(default: Any, text: str) -> Any:
+    """A field with its help."""
+    if default == {}:
+        return field(default_factory=dict, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """One adaptation. A field is a key of the YAML file and, with dashes, a flag of ``diffullama adapt``."""
+
+    model: str = _option("", "Causal language model: a folder, or an id of the Hub.")
+    data: tuple[str, ...] = _option((), "Text, .jsonl, .parquet, a folder of these, or an id of the Hub; repeatable.")
+    data_weight: tuple[float, ...] = _option((), "Share of each --data in the mixture; by default equal.")
+    column: str = _option("text", "Column of the text in .jsonl, .parquet and datasets.")
+    length: int | None = _option(None, "Tokens of a block; default 512 or the model's limit.")
+    context: str | None = _option(None, "overlap (default with the shift): blocks share a token; or none.")
+    isolate_documents: bool = _option(False, "Attention stays inside documents.")
+    heldout: float = _option(0.05, "Share of the blocks that is held out and scored on.")
+    steps: int = _option(1000, "Optimiser steps.")
+    batch_size: int = _option(8, "Blocks a forward and process.")
+    accumulate: int = _option(1, "Forwards a step.")
+    global_batch_size: int | None = _option(None, "Blocks a step over all processes; sets --accumulate.")
+    learning_rate: float = _option(1e-4, "Peak.")
+    schedule: str = _option("cosine", "Of the learning rate: cosine, linear or constant_with_warmup.")
+    warmup_steps: int | None = _option(None, "Steps up to the peak; default 5 % of the steps.")
+    weight_decay: float = _option(0.0, "Of AdamW.")
+    adam_beta2: float = _option(0.999, "Of AdamW; beta1 is 0.9.")
+    max_grad_norm: float = _option(1.0, "Gradients are clipped to it.")
+    anneal_steps: int | None = _option(None, "Steps from causal to bidirectional attention; default a third.")
+    shift: bool = _option(True, "Row i of the logits predicts token i+1, as before.")
+    mask_token: str | None = _option(None, "Text, or id in digits; by default the tokenizer's, or a new one.")
+    objective: dict[str, Any] = _option({}, "key=value of ObjectiveConfig, or recipe=NAME; repeatable.")  # noqa: RUF009
+    lora_rank: int = _option(0, "Rank of LoRA adapters on every linear layer; 0 trains all weights.")
+    lora_alpha: int | None = _option(None, "Scale of LoRA; default twice the rank.")
+    lora_dropout: float = _option(0.0, "Of LoRA.")
+    bf16: bool = _option(False, "bfloat16 autocast; the weights stay float32.")
+    fp16: bool = _option(False, "float16 autocast with loss scaling; CUDA only.")
+    activation_checkpointing: bool = _option(False, "Recompute activations in the backward.")
+    compile: bool = _option(False, "torch.compile.")
+    save_steps: int | None = _option(None, "Steps between checkpoints; default a tenth of the steps.")
+    save_total_limit: int = _option(2, "Checkpoints kept.")
+    eval_steps: int | None = _option(None, "Steps between the curves by t; default half of the steps.")
+    logging_steps: int | None = _option(None, "Steps between logged losses; default a hundredth of the steps.")
+    report_to: tuple[str, ...] = _option((), "Loggers of Trainer: tensorboard, wandb, ...; repeatable.")
+    device: str = _option("auto", "auto, cpu or cuda.")
+    seed: int = _option(0, "Of order and noise.")
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _as_declared(name, getattr(self, name), kind))
+        for name in ("steps", "batch_size", "accumulate", "save_total_limit"):
+            check_range(name, getattr(self, name), 1, 2**31 - 1)
+        for name, low in (("length", 2), ("global_batch_size", 1), ("save_steps", 1), ("eval_steps", 1)):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), low, 2**31 - 1)
+        check_range("lora_rank", self.lora_rank, 0, 2**31 - 1)
+        check_range("seed", self.seed, 0, 2**32 - 1)
+        check_range("learning_rate", self.learning_rate, 0.0, math.inf, low_open=True)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        if self.data_weight and len(self.data_weight) != len(self.data):
+            raise ValueError(f"data_weight must have one weight a source, got {len(self.data_weight)} for {self.data}")
+        if self.anneal_steps is not None and not 0 <= self.anneal_steps <= self.steps:
+            raise ValueError(f"anneal_steps must be at most steps, got {self.anneal_steps} and {self.steps}")
+        if self.bf16 and self.fp16:
+            raise ValueError("one of bf16 and fp16 must be False, got both True")
+        self.objective_config(mask_id=0)
+
+    # --- sources of settings ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def resolve(
+        cls, preset: str | None = None, path: str | Path | None = None, given: Mapping[str, Any] | None = None
+    ) -> AdaptConfig:
+        """A preset, changed by a YAML file, changed by what is ``given``; ValueError for an unknown key or value."""
+        values: dict[str, Any] = {}
+        if preset is not None:
+            check_choice("preset", preset, tuple(PRESETS))
+            values |= PRESETS[preset]
+        for source, more in ((str(path), read_yaml(path) if path else {}), ("the arguments", given or {})):
+            unknown = sorted(set(more) - {f.name for f in dataclasses.fields(cls)})
+            if unknown:
+                raise ValueError(f"{source}: no such setting: {', '.join(unknown)}")
+            if "objective" in more and isinstance(more["objective"], dict):
+                more = {**more, "objective": {**values.get("objective", {}), **more["objective"]}}
+            values |= more
+        return cls(**values)
+
+    def to_yaml(self) -> str:
+        """Text that ``resolve`` reads to an equal config."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(values, sort_keys=False)
+
+    # --- what follows from them ---------------------------------------------------------------------------------------
+
+    def mask_token_or_id(self) -> str | int | None:
+        """For ``adapt``: digits are an id."""
+        return int(self.mask_token) if self.mask_token and self.mask_token.isdecimal() else self.mask_token
+
+    def block_context(self) -> str:
+        """Of the blocks: without the shift nothing is skipped, so nothing need be repeated."""
+        return self.context or ("overlap" if self.shift else "none")
+
+    def annealing_steps(self) -> int:
+        """From causal to bidirectional."""
+        return self.steps // 3 if self.anneal_steps is None else self.anneal_steps
+
+    def objective_config(self, *, mask_id: int) -> ObjectiveConfig:
+        """Of the trainer."""
+        changes = {"shift": self.shift, **self.objective}
+        try:
+            if "recipe" in changes:
+                return ObjectiveConfig.recipe(changes.pop("recipe"), mask_id=mask_id, **changes)
+            return ObjectiveConfig(mask_id=mask_id, **changes)
+        except TypeError as error:
+            raise ValueError(f"objective: {error}") from error
+
+    def accumulation(self, processes: int) -> int:
+        """Forwards a step on each of so many processes."""
+        if self.global_batch_size is None:
+            return self.accumulate
+        forwards, rest = divmod(self.global_batch_size, self.batch_size * processes)
+        if rest or not forwards:
+            raise ValueError(
+                f"global_batch_size must be a multiple of batch_size times processes, got {self.global_batch_size}, "
+                f"{self.batch_size} and {processes}"
+            )
+        return forwards
+
+    def training_arguments(self, output_dir: str | Path, *, processes: int = 1, **more: Any) -> TrainingArguments:
+        """Of transformers, for DiffusionTrainer; ``more`` are further fields of theirs."""
+        from transformers import TrainingArguments  # seconds, which other commands need not wait for
+
+        checkpointing = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+        more[f"{checkpointing}_checkpointing"] = self.activation_checkpointing
+        arguments = TrainingArguments(
+            output_dir=str(output_dir),
+            max_steps=self.steps,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=self.batch_size,
+            gradient_accumulation_steps=self.accumulation(processes),
+            learning_rate=self.learning_rate,
+            lr_scheduler_type=self.schedule,
+            warmup_steps=max(1, self.steps // 20) if self.warmup_steps is None else self.warmup_steps,
+            weight_decay=self.weight_decay,
+            adam_beta2=self.adam_beta2,
+            max_grad_norm=self.max_grad_norm,
+            bf16=self.bf16,
+            fp16=self.fp16,
+            torch_compile=self.compile,
+            save_strategy="steps",
+            save_steps=self.save_steps or max(1, self.steps // 10),
+            save_total_limit=self.save_total_limit,
+            logging_steps=self.logging_steps or max(1, self.steps // 100),
+            report_to=list(self.report_to) or "none",
+            seed=self.seed,
+            disable_tqdm=True,
+            **more,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # of several GPUs the first; Trainer would use DataParallel
+        return arguments
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings in a file, dashes in keys as underscores; ValueError where it is no YAML mapping."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings as `name: value`, got {type(values).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _as_declared(name: str, value: Any, kind: Any) -> Any:
+    """``value`` of YAML as the field's type (1e-4 is a text to YAML); ValueError where it is another."""
+    if kind in (tuple[str, ...], tuple[float, ...]):
+        value = [] if value is None else [value] if isinstance(value, (str, int, float)) else value
+        return tuple(_as_declared(name, item, kind.__args__[0]) for item in value)
+    options = getattr(kind, "__args__", (kind,)) if kind != dict[str, Any] else (dict,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(option for option in options if option is not type(None))
+    wanted = getattr(wanted, "__origin__", wanted)
+    given = type(value)
+    if wanted is float and given in (int, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif wanted is str and given is int:
+        return str(value)
+    elif given is wanted:
+        return value
+    if given is wanted:
+        return value
+    raise ValueError(f"{name} must be {wanted.__name__}, got {value!r}")
+
+
+# The paper's settings (Gong et al., ICLR 2025) but for the data; a step's batch holds for any number of GPUs.
+_GPT2: dict[str, Any] = {"learning_rate": 3e-4, "warmup_steps": 2000, "anneal_steps": 10_000, "bf16": True}
+PRESETS: dict[str, dict[str, Any]] = {
+    "diffugpt-s": _GPT2
+    | {"model": "gpt2", "mask_token": "10541", "length": 512, "objective": {"recipe": "diffullama"}}
+    | {"steps": 1_000_000, "batch_size": 32, "global_batch_size": 256},
+    "diffugpt-m": _GPT2
+    | {"model": "gpt2-medium", "length": 1024, "objective": {"recipe": "diffullama"}}  # its mask token is a new one
+    | {"steps": 160_000, "batch_size": 16, "global_batch_size": 1280},
+    "diffullama-7b": {"model": "meta-llama/Llama-2-7b-hf", "mask_token": "811", "length": 2048}
+    | {"objective": {"recipe": "diffullama"}, "anneal_steps": 0, "bf16": True, "activation_checkpointing": True}
+    | {"learning_rate": 2e-5, "schedule": "constant_with_warmup", "weight_decay": 0.1, "adam_beta2": 0.95}
+    | {"steps": 20_000, "batch_size": 60, "global_batch_size": 60 * 4 * 64},
+    "quick": {"steps": 20, "batch_size": 4, "length": 16, "learning_rate": 1e-3, "heldout": 0.1},
+}

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are whole or absent, and know the run that they belong to.
+
+Trainer writes a checkpoint into a hidden folder; a manifest with the size of every file and the identity of the run
+closes it; all is flushed to the disk; one rename gives it its name. A killed process leaves the hidden folder at most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+MANIFEST = "diffullama.json"
+STAGING = ".saving"
+PREFIX = "checkpoint-"
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints in a folder, by step."""
+    found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files if path.name != MANIFEST}
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a power failure may not leave a name without its contents."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
+    """Close the checkpoint ``staged`` with its manifest and move it to ``final``, replacing what is there."""
+    manifest = {"run": run, "files": _sizes(staged)}
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for path in (*staged.rglob("*"), staged):
+        _flush(path)
+    if final.exists():
+        final.rename(staged.with_name("replaced"))
+    staged.rename(final)
+    _flush(final.parent)
+
+
+def rotate(output_dir: Path, keep: int | None, best: str | None) -> None:
+    """Delete the oldest but ``keep`` checkpoints, never ``best``; each loses its name first, so none is ever torn."""
+    if keep is None or keep < 1:
+        return
+    staging = output_dir / STAGING
+    staging.mkdir(exist_ok=True)
+    others = [path for path in checkpoints(output_dir) if best is None or path.name != Path(best).name]
+    for path in others[: max(0, len(checkpoints(output_dir)) - keep)]:
+        path.rename(staging / path.name)
+    shutil.rmtree(staging)
+
+
+@contextmanager
+def explaining(final: Path) -> Iterator[None]:
+    """A failure to write (a full disk) becomes an OSError that says what is left; nothing of ``final`` is."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(final.parent / STAGING, ignore_errors=True)
+        if isinstance(error, RuntimeError) and "writ" not in str(error):  # the only sign that torch.save gives
+            raise
+        whole = checkpoints(final.parent)
+        left = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
+        reason = " ".join(str(error).split())
+        raise OSError(f"{final.name} could not be saved: {reason}; nothing of it is kept; {left}") from error
+
+
+def check_checkpoint(folder: Path, run: dict[str, Any]) -> None:
+    """ValueError where ``folder`` is no whole checkpoint of this very run, FileNotFoundError where it is none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint at {folder}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, of_run = dict(manifest["files"]), dict(manifest["run"])
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no checkpoint of DiffusionTrainer: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is torn: {MANIFEST} is not readable ({error})") from error
+    present = _sizes(folder)
+    torn = [f"{name} has {present.get(name, 0)} of {size} bytes" for name, size in files.items()
+            if present.get(name) != size]  # fmt: skip
+    if torn:
+        whole = [path.name for path in checkpoints(folder.parent) if path != folder]
+        others = f"; other checkpoints: {', '.join(whole)}" if whole else ""
+        raise ValueError(f"{folder} is torn: {'; '.join(torn)}{others}")
+    run = json.loads(json.dumps(run))
+    changed = [f"{name} was {of_run.get(name)}, is {run.get(name)}" for name in {**of_run, **run}
+               if of_run.get(name) != run.get(name)]  # fmt: skip
+    if changed:
+        raise ValueError(f"{folder} belongs to another run: {'; '.join(changed)}")

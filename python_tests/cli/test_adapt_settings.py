@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Presets, YAML and flags of `diffullama adapt` are one set of settings; a run keeps its own and goes on with it."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from diffullama_ext.adapt_config import PRESETS, AdaptConfig
+from diffullama_ext.objective import ObjectiveConfig
+
+QUICK = ("--steps", 6, "--length", 16, "--batch-size", 4, "--learning-rate", 0.01, "--device", "cpu")
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_setting_is_a_flag(run):
+    text = run("adapt", "--help").output
+    for field in dataclasses.fields(AdaptConfig):
+        assert f"--{field.name.replace('_', '-')} " in text
+
+
+def test_yaml_and_flags_mean_the_same(run, models, text_file, tmp_path):
+    settings = {"model": str(models / "gpt2"), "data": str(text_file), "steps": 3, "length": 16, "batch-size": 2}
+    settings |= {"learning_rate": 1e-3, "shift": False, "mask_token": 7, "objective": {"normalizer": "masked"}}
+    settings |= {"data_weight": 2, "device": "cpu"}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    flags = ("--model", models / "gpt2", "--data", text_file, "--steps", 3, "--length", 16, "--batch-size", 2)
+    flags += ("--learning-rate", "1e-3", "--no-shift", "--mask-token", "7", "--objective", "normalizer=masked")
+    flags += ("--data-weight", 2, "--device", "cpu")
+    for name, arguments in (("a", ("--config", tmp_path / "settings.yaml")), ("b", flags)):
+        result = run("adapt", "--out", tmp_path / name, *arguments)
+        assert result.exit_code == 0, result.output
+    read = [(tmp_path / name / "run.yaml").read_text() for name in "ab"]
+    assert read[0] == read[1]
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in "ab")
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert (a.config.mask_token_id, a.config.diffusion["shift"]) == (7, False)
+
+
+def test_later_sources_win_and_objectives_merge(tmp_path):
+    (tmp_path / "a.yaml").write_text("steps: 50\nobjective: {t_min: 0.01}\nlearning-rate: 1e-4\nanneal_steps: 5\n")
+    config = AdaptConfig.resolve("diffugpt-s", tmp_path / "a.yaml", {"steps": 60})
+    assert (config.steps, config.learning_rate, config.length, config.mask_token) == (60, 1e-4, 512, "10541")
+    assert config.objective_config(mask_id=3) == ObjectiveConfig.recipe("diffullama", mask_id=3, t_min=0.01)
+    (tmp_path / "b.yaml").write_text(config.to_yaml())
+    assert AdaptConfig.resolve(path=tmp_path / "b.yaml") == config
+
+
+def test_presets_are_the_papers():
+    s, m, llama = (AdaptConfig.resolve(name) for name in ("diffugpt-s", "diffugpt-m", "diffullama-7b"))
+    assert [(c.steps, c.global_batch_size, c.length) for c in (s, m)] == [(10**6, 256, 512), (160_000, 1280, 1024)]
+    for c in (s, m):
+        assert (c.learning_rate, c.schedule, c.warmup_steps, c.anneal_steps) == (3e-4, "cosine", 2000, 10_000)
+    assert (s.mask_token_or_id(), m.mask_token_or_id(), llama.mask_token_or_id()) == (10541, None, 811)
+    assert (llama.learning_rate, llama.adam_beta2, llama.weight_decay, llama.annealing_steps()) == (2e-5, 0.95, 0.1, 0)
+    assert llama.accumulation(processes=64) == 4
+    assert "quick" in PRESETS
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"stepps": 3}, "no such setting: stepps"),
+        ({"steps": "many"}, "steps must be int, got 'many'"),
+        ({"steps": 0}, r"steps must be in \[1"),
+        ({"shift": 1}, "shift must be bool, got 1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be in"),
+        ({"data": ["a", "b"], "data_weight": [1.0]}, "one weight a source, got 1"),
+        ({"objective": {"normaliser": "x"}}, "objective: .*normaliser"),
+        ({"objective": {"normalizer": "x"}}, "normalizer must be one of"),
+        ({"bf16": True, "fp16": True}, "one of bf16 and fp16 must be False"),
+        ({"schedule": "square"}, "schedule must be one of"),
+    ],
+)
+def test_wrong_settings(given, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptConfig.resolve(given=given)
+
+
+def test_a_global_batch_must_divide():
+    with pytest.raises(ValueError, match="multiple of batch_size times processes, got 256, 32 and 3"):
+        AdaptConfig.resolve("diffugpt-s").accumulation(processes=3)
+
+
+def test_files_that_hold_no_settings(fails, tmp_path):
+    for text, message in (("a: [", "is not YAML"), ("- a", "must hold settings as `name: value`, got list")):
+        (tmp_path / "c.yaml").write_text(text)
+        fails(2, (message,), "adapt", "--out", tmp_path / "out", "--config", tmp_path / "c.yaml")
+    fails(2, ("--model must be given",), "adapt", "--out", tmp_path / "out")
+    fails(2, ("must be key=value, got 'masked'",), "adapt", "--out", tmp_path / "out", "--objective", "masked")
+
+
+# --- the run's folder -------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+import diffullama_ext.training.trainer as trainer
+compute = trainer.DiffusionTrainer.compute_loss
+def dying(self, *a, **k):
+    return os.kill(os.getpid(), signal.SIGKILL) if self.state.global_step == 5 else compute(self, *a, **k)
+trainer.DiffusionTrainer.compute_loss = dying
+from diffullama_ext.cli.main import app
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")  # the mask token is new
+def test_the_same_command_continues_a_killed_run(run, fails, models, text_file, tmp_path):
+    """Bit for bit, LoRA and dropout included; and another command does not."""
+    command = ("adapt", "--model", models / "gpt2", "--data", text_file, *QUICK, "--save-steps", 2, "--lora-rank", 2)
+    out = tmp_path / "cut"
+    code = [sys.executable, "-W", "ignore", "-c", KILLED, *map(str, command), "--out", str(out)]
+    assert subprocess.run(code, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert (out / "checkpoint-4").is_dir()
+    assert not (out / "config.json").exists()
+    assert json.loads((out / "environment.json").read_text())["torch"] == torch.__version__
+    assert yaml.safe_load((out / "run.yaml").read_text())["seed"] == 0
+
+    fails(2, ("a run with other settings: seed 0 not 1",), *command, "--out", out, "--seed", 1)
+    for folder in (out, tmp_path / "whole"):
+        result = run(*command, "--out", folder)
+        assert result.exit_code == 0, result.output
+    cut, whole = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, tmp_path / "whole"))
+    assert all(torch.equal(p, q) for p, q in zip(cut.parameters(), whole.parameters(), strict=True))
+    curves = [json.loads((folder / "curves.json").read_text()) for folder in (out, tmp_path / "whole")]
+    assert curves[0] == curves[1]
+    assert list(curves[0]) == ["0", "3", "6"]
+    bins = curves[0]["6"]["masked_loss_by_bin"]
+    assert len(bins) == 8
+    assert all(0 < entry["stderr"] < entry["mean"] for entry in bins)
+    fails(2, ("holds a finished run",), *command, "--out", out)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run survives kill -9 and a full disk; a checkpoint that is not its own or not whole is refused."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import adapted, curve, examples, trained, weights
+from tiny_models import MASK_ID
+
+from diffullama_ext.objective import ObjectiveConfig
+from diffullama_ext.training.checkpoints import MANIFEST, STAGING, checkpoints
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 9, "save_total_limit": 2}
+DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1}  # so that torch's own random state matters
+
+# --- kill -9 ----------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+sys.path += {path!r}
+from pathlib import Path
+from transformers import TrainerCallback
+from test_trainer import adapted, trained
+import diffullama_ext.training.trainer as trainer
+die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+if {when!r} == "saving":
+    commit, count = trainer.commit, []
+    def dying(*arguments):
+        count.append(1)
+        die() if len(count) == 3 else commit(*arguments)
+    trainer.commit = dying
+else:
+    compute, steps = trainer.DiffusionTrainer.compute_loss, []
+    def dying(self, *a, **k):
+        return die() if self.state.global_step == 5 else compute(self, *a, **k)
+    trainer.DiffusionTrainer.compute_loss = dying
+trained(Path({out!r}), adapted("gpt2", **{dropout!r}), **{changed!r})
+"""
+
+
+@pytest.mark.parametrize("when", ["training", "saving"])
+def test_kill_9_changes_nothing(tmp_path: Path, when: str) -> None:
+    out = tmp_path / "run"
+    code = KILLED.format(path=sys.path, when=when, out=str(out), dropout=DROPOUT, changed=SAVING)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-2", "checkpoint-4"]
+    assert (out / STAGING).exists() == (when == "saving")
+
+    resumed = trained(out, adapted("gpt2", **DROPOUT), resume=True, **SAVING)
+    whole = trained(tmp_path / "whole", adapted("gpt2", **DROPOUT), **SAVING)
+    assert len(curve(whole)) == 9
+    assert curve(resumed) == curve(whole)
+    assert curve(resumed, "grad_norm") == curve(whole, "grad_norm")
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(whole), strict=True))
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-8", "checkpoint-9"]
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    """The kernel refuses to let a file grow: what a full disk or a quota does, under the real writers."""
+    trained(tmp_path, **SAVING | {"max_steps": 2})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-4 could not be saved: .*nothing of it is kept; .*checkpoint-2"):
+            trained(tmp_path, resume=True, **SAVING)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert len(curve(trained(tmp_path, resume=True, **SAVING))) == 9
+
+
+@pytest.mark.parametrize("call", ["torch.save", "os.fsync"])
+def test_a_disk_that_fills_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """The weights fit; the optimiser's state does not, or only the flush finds out."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(call, full)
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be saved: .*No space left.*no earlier checkpoint"):
+        trained(tmp_path, **SAVING)
+    assert not list(tmp_path.iterdir())
+
+
+# --- torn and foreign checkpoints -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    trained(out, **SAVING | {"max_steps": 4})
+    return out
+
+
+def cut(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            cut("model.safetensors"),
+            r"is torn: model\.safetensors has \d+ of \d+ bytes; other checkpoints: checkpoint-2",
+        ),
+        (lambda folder: (folder / "optimizer.pt").unlink(), r"is torn: optimizer\.pt has 0 of \d+ bytes"),
+        (cut(MANIFEST), r"is torn: diffullama\.json is not readable"),
+        (lambda folder: (folder / MANIFEST).unlink(), r"is no checkpoint of DiffusionTrainer: it has no diffullama"),
+    ],
+    ids=["cut", "a file gone", "manifest cut", "of another program"],
+)
+def test_torn_checkpoints_are_refused(run: Path, tmp_path: Path, damage: Callable, message: str) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoint-4")
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path / "run", resume=True, **SAVING)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 3}, "seed was 42, is 3"),
+        ({"anneal_steps": 9}, "anneal_steps was 5, is 9"),
+        ({"objective": ObjectiveConfig(MASK_ID, normalizer="masked")}, r"objective was \{.*'tokens'.*is \{.*'masked'"),
+        ({"train_dataset": examples(17)}, "samples was 18, is 17"),
+        ({"train_dataset": examples(18)[::-1]}, "digest of some samples was"),
+        ({"per_device_train_batch_size": 2}, "samples a step was 4, is 2"),
+    ],
+    ids=["seed", "annealing", "objective", "fewer samples", "other samples", "batch"],
+)
+def test_another_runs_checkpoint_is_refused(run: Path, changed: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"checkpoint-4 belongs to another run: .*{message}"):
+        trained(run, resume=True, **SAVING | changed)
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        trained(tmp_path, resume=True)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        trained(tmp_path, resume=str(tmp_path / "checkpoint-3"))
+
+
+def test_the_best_checkpoint_survives_rotation(tmp_path: Path) -> None:
+    changed = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
+    changed |= {"metric_for_best_model": "eval_loss", "learning_rate": 0.3, "max_steps": 8}
+    trainer = trained(tmp_path, **SAVING | changed)
+    best = Path(trainer.state.best_model_checkpoint)
+    losses = curve(trainer, "eval_loss")
+    assert best.name == f"checkpoint-{2 * (losses.index(min(losses)) + 1)}"
+    assert best in checkpoints(tmp_path)
+    state = json.loads((checkpoints(tmp_path)[-1] / "trainer_state.json").read_text())
+    assert STAGING not in str(state["best_model_checkpoint"])
