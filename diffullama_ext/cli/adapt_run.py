@@ -53,16 +53,19 @@ def run_adaptation(config: AdaptConfig, out: Path, processes: int = 1) -> None:
     with reporting() as report:
         curves = _Curves(out / CURVES, held, config.batch_size, report)
         trainer = _trainer(config, model, tokenizer, train, arguments, curves, report)
-        if not checkpoints(out):
+        # A model in parts cannot be scored by one process, nor have its adapter merged.
+        in_parts = _is_in_parts(trainer)
+        scores = arguments.process_index == 0 and not in_parts
+        if scores and not checkpoints(out):
             curves.score(loaded, 0)
         trainer.train(resume_from_checkpoint=bool(checkpoints(out)))
-        if config.lora_rank:
+        if config.lora_rank and not in_parts:
             loaded = model.merge_and_unload()
-        if arguments.process_index == 0:
+        if scores:
             curves.score(loaded, config.steps)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if in_parts:
         trainer.save_model(str(out))
-    elif arguments.process_index == 0:
+    elif scores:
         _finish(config, out, loaded, tokenizer, curves, len(train))
 
 
@@ -184,6 +187,10 @@ class _Curves:
         _write(self.path, json.dumps(self.by_step, indent=1, allow_nan=False) + "\n")
 
 
+def _is_in_parts(trainer: Any) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
 def _trainer(
     config: AdaptConfig, model: Any, tokenizer: Any, train: Any, arguments: Any, curves: _Curves, report: Report
 ) -> Any:
@@ -205,8 +212,7 @@ def _trainer(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             report("adapt", state.global_step, state.max_steps, self.loss)
-            sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-            if state.global_step % every == 0 and state.global_step < config.steps and not sharded:
+            if state.global_step % every == 0 and state.global_step < config.steps and not _is_in_parts(trainer):
                 if args.process_index == 0:
                     curves.score(base, state.global_step)
                 trainer.accelerator.wait_for_everyone()
