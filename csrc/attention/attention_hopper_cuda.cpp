@@ -17,6 +17,13 @@ void check_attention_hopper(const AttentionInputs& in, const std::optional<Tenso
                {in.words->size(0), ceil_div(in.q.size(2), 64), ceil_div(in.k.size(2), kHopperColumns), 128, 2}, &in.q);
 }
 
+// As a tensor map takes it: strides of 0 (expanded dimensions) are copied too.
+Tensor as_map_operand(const Tensor& t) {
+  bool fits = true;
+  for (int d = 0; d < 3; ++d) fits = fits && (t.size(d) == 1 || t.stride(d) != 0);
+  return as_operand(fits ? t : as_contiguous(t));
+}
+
 std::tuple<Tensor, Tensor> attention_hopper_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                                  std::optional<Tensor> words, std::optional<Tensor> fragments,
                                                  std::optional<Tensor> tile_classes, std::optional<Tensor> key_padding,
@@ -31,7 +38,7 @@ std::tuple<Tensor, Tensor> attention_hopper_cuda(const Tensor& q, const Tensor& 
     return {zeros_like_device(q, {s.B, s.H, s.Lq, s.D}, q.scalar_type()), lse};
   }
   const cudaStream_t stream = current_stream(q);
-  const Tensor q_rows = as_operand(q), k_rows = as_operand(k), v_rows = as_operand(v);
+  const Tensor q_rows = as_map_operand(q), k_rows = as_map_operand(k), v_rows = as_map_operand(v);
   const MaskTensors mask(in, stream);
   const std::optional<Tensor> fragments_c = as_contiguous(fragments);
   MaskFragments mask_fragments{};

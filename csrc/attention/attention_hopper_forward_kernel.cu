@@ -320,7 +320,7 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
           release(pipeline.v_empty[v_at.stage]);
           v_at.advance();
         }
-        scale_rows(out, factor);
+        if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) scale_rows(out, factor);
         pack_left<T>(probabilities, s);
         item = next_item();
         mbarrier_wait(pipeline.v_full[v_at.stage], v_at.parity);

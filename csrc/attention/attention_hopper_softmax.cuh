@@ -8,7 +8,11 @@
 
 namespace diffullama {
 
-// Of the thread's two rows: the largest score, and the sum of the probabilities in its own columns.
+// The maximum that is subtracted stays while the largest score exceeds it by no more: probabilities up to 2^8 cost a
+// 16-bit format nothing, and outputs are seldom rescaled (Dao et al., FlashAttention-4, 2025).
+constexpr float kMaxGrowth = 8.0f;  // as an exponent of 2
+
+// Of the thread's two rows: the maximum that is subtracted, and the sum of the probabilities in its own columns.
 struct SoftmaxRows {
   float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
 };
@@ -48,9 +52,10 @@ __device__ __forceinline__ void softmax_scores(float (&s)[kN][4], SoftmaxRows& r
 #pragma unroll
     for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
     top = max_of_quad(top);
-    const float exponent = exponent_of(top, scale);
-    factor[r] = exp2_approx(__fmul_rn(rows.max[r], scale) - exponent);
-    rows.max[r] = top;
+    const float before = __fmul_rn(rows.max[r], scale);
+    if (__fmul_rn(top, scale) - before > kMaxGrowth) rows.max[r] = top;
+    const float exponent = exponent_of(rows.max[r], scale);
+    factor[r] = exp2_approx(before - exponent);
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {

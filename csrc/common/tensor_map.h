@@ -28,7 +28,10 @@ inline cudaError_t encode_tensor_map(CUtensorMap& map, const void* data, bool is
   if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   cuuint64_t size[4], stride[3];
   for (int d = 0; d < 4; ++d) size[d] = shape.size[d];
-  for (int d = 0; d < 3; ++d) stride[d] = shape.size[d + 1] == 1 ? 16 : shape.stride[d];
+  for (int d = 0; d < 3; ++d) {
+    const cuuint64_t dense = d == 0 ? 2 * size[0] : stride[d - 1] * size[d];
+    stride[d] = size[d + 1] == 1 ? dense : shape.stride[d];
+  }
   const cuuint32_t box[4] = {64, shape.box_rows, 1, 1}, step[4] = {1, 1, 1, 1};
   const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
   const CUresult result =

@@ -188,7 +188,7 @@ void mbarrier_arrive(void* barrier, int expected_bytes) {
   b.bytes += expected_bytes;
   --b.left;
   end_phase_if_complete(b);
-  scheduling_point();
+  for (int tries = 0; tries < 4; ++tries) scheduling_point();  // who waited may get far before this thread goes on
 }
 
 void mbarrier_wait(void* barrier, int parity, Site site) {

@@ -34,7 +34,7 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
     map->box[d] = box[d];
     if (d > 0) map->stride[d] = stride[d - 1];
     const bool valid = size[d] > 0 && size[d] <= uint64_t{1} << 32 && box[d] > 0 && box[d] <= 256 && step[d] == 1 &&
-                       (d == 0 || (stride[d - 1] % 16 == 0 && stride[d - 1] < uint64_t{1} << 40));
+                       (d == 0 || (stride[d - 1] % 16 == 0 && stride[d - 1] > 0 && stride[d - 1] < uint64_t{1} << 40));
     if (!valid) return CUDA_ERROR_INVALID_VALUE;
   }
   const uint32_t inner = 2 * box[0];
