@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention is measured against: the backends of scaled_dot_product_attention and FlexAttention.
+"""What attention is measured against: the backends of torch's attention, FlexAttention, our own kernel for sm_90a.
 
 What a peer makes of a mask or keeps for its backward is made on its first call on an input, which is not timed.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakIdKeyDictionary
+
+from diffullama_ext import attention
 
 Peer = Callable[..., Any]
 _DENSE = WeakIdKeyDictionary()  # q -> bool [L, L]
@@ -54,6 +57,16 @@ def _flex(i: Any) -> Tensor:
     return out
 
 
+def _hopper(i: Any) -> Tensor:
+    """Ours is the portable kernel until this one has been measured."""
+    os.environ["DIFFULLAMA_ATTENTION"] = "hopper"
+    try:
+        out: Tensor = attention(i.q, i.k, i.v, i.mask)
+    finally:
+        del os.environ["DIFFULLAMA_ATTENTION"]
+    return out
+
+
 def _forward(i: Any, *, attend: Peer) -> Tensor:
     with torch.no_grad():
         out: Tensor = attend(i)
@@ -86,4 +99,4 @@ def attention_peers(is_backward: bool, without_mask: bool) -> dict[str, Peer]:
     attend |= {"sdpa, dense mask": partial(_sdpa, masked=True), "FlexAttention, compiled": _flex}
     if is_backward:
         return {name: partial(_backward, attend=peer, name=name) for name, peer in attend.items()}
-    return {name: partial(_forward, attend=peer) for name, peer in attend.items()}
+    return {name: partial(_forward, attend=peer) for name, peer in ({"ours, sm_90a": _hopper} | attend).items()}

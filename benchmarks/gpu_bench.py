@@ -74,7 +74,7 @@ ROWS = (
 )
 # Contenders that do something else, so that values are not compared, and those that need a GPU.
 _OTHER_RESULTS = ("unweighted", "unmasked")
-_GPU_ONLY = ("compiled", "cuDNN", "FlashAttention", "memory-efficient")
+_GPU_ONLY = ("compiled", "cuDNN", "FlashAttention", "memory-efficient", "sm_90a")
 
 
 def _case(row: Row, device: torch.device) -> Case:

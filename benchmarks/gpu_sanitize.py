@@ -23,6 +23,7 @@ from diffullama_ext import (
     unmask,
 )
 from diffullama_ext.benchmarking import running
+from diffullama_ext.ops import attention_hopper
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,6 +87,20 @@ def attentions(i: Inputs) -> Iterator[str]:
                 yield f"attention {B}x{H}x{Lq}x{Lk}x{D} {dtype}, causal"
 
 
+def hopper_attentions(i: Inputs) -> Iterator[str]:
+    """The op itself, where there is one."""
+    if not attention_hopper.runs_on(torch.device(i.device)):
+        return
+    for dtype, D in product(FLOATS[1:], attention_hopper.WIDTHS):
+        for B, H, Hkv, Lq, Lk in ((2, 4, 2, 70, 70), (1, 2, 2, 5, 700), (1, 2, 1, 300, 130)):
+            q, k, v = (i.normal(dtype, B, h, n, D).detach() for h, n in ((H, Lq), (Hkv, Lk), (Hkv, Lk)))
+            mask, padding = AttentionMask.from_dense(i.bits(B, Lq, Lk)), i.bits(B, Lk)
+            bits = (mask.words, mask.fragments(), mask.tile_classes(64, 64))
+            for given, causal in ((bits, False), ((None, None, None), False), ((None, None, None), True)):
+                attention_hopper.attention(q, k, v, *given, padding, causal, 0.1)
+                yield f"attention_hopper {B}x{H}x{Lq}x{Lk}x{D} {dtype}, {'bits' if given is bits else causal}"
+
+
 def losses(i: Inputs) -> Iterator[str]:
     B, L, H = 2, 19, 24
     for dtype, V in product(FLOATS, (1001, 4096)):
@@ -127,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = parser.parse_args(arguments).device
     torch.manual_seed(0)
     with running("ext"):
-        for family in (noising, masks, attentions, losses, sampling):
+        for family in (noising, masks, attentions, hopper_attentions, losses, sampling):
             for name in family(Inputs(device)):
                 if device == "cuda":
                     torch.cuda.synchronize()

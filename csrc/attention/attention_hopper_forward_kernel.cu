@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention forward on sm_90a: TMA and wgmma, one producer warpgroup and two or three consumers of 64 queries.
-//   producer : one thread chooses the tiles of keys that the mask leaves, says which (an Item beside each K tile), and
+//   producer : one thread chooses the tiles of keys that the mask leaves, says which (a KeyTile beside each K tile),
+//   and
 //              keeps the rings of K and V full
 //   consumer : S = Q K^T of the next tile and O += P V of this one run while the softmax of the next waits only for S;
 //              the consumers take turns at issuing products, so that one's softmax falls into another's products
@@ -13,7 +14,8 @@
 // Run in the simulator only; not yet run on a GPU.
 #include "../common/launch.h"
 #include "../common/tensor_map.h"
-#include "attention_hopper_kernel.h"
+#include "attention_hopper_mask.cuh"
+#include "attention_hopper_pipeline.cuh"
 #include "attention_hopper_plan.h"
 #include "attention_hopper_softmax.cuh"
 
@@ -22,8 +24,7 @@ namespace {
 
 struct HopperForwardParams {
   CUtensorMap q, k, v;
-  const uint2* fragments;  // null where the mask has no words
-  int64_t fragments_batch;
+  MaskFragments fragments;
   AttentionMaskParams mask;
   int B, H, Hkv, Lq, Lk;
   float scale;
@@ -31,34 +32,12 @@ struct HopperForwardParams {
   float* lse;
 };
 
-// A tile of keys for the consumers; after the last one of a tile of queries comes kEnd.
-struct Item {
-  static constexpr int kEnd = -1;
-
-  int tile;
-  uint32_t classes;  // two bits a consumer: TileClass of its queries
-
-  __device__ TileClass of(int group) const { return static_cast<TileClass>(classes >> 2 * group & 3u); }
-};
-
-// Slot and parity of a ring's next use.
-template <int kStages>
-struct RingPlace {
-  int stage = 0, parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
-
 template <int D>
 struct Pipeline {
   static constexpr HopperAttentionTile kTile = hopper_attention_tile(D);
 
   Mbarrier q_full, q_empty, k_full[kTile.stages], k_empty[kTile.stages], v_full[kTile.stages], v_empty[kTile.stages];
-  Item item[kTile.stages];  // comes and goes with K
+  KeyTile item[kTile.stages];  // comes and goes with K
 
   __device__ void init() {
     constexpr int kConsumerWarps = 4 * kTile.groups;
@@ -125,7 +104,7 @@ __device__ __forceinline__ void produce(const HopperForwardParams& p, SharedTile
     q_parity ^= 1;
     load_panels(tiles.q, p.q, pipeline.q_full, at.q0, at.h, at.b);
     for (int tile = 0; tile < n_key_tiles; ++tile) {
-      Item item{tile, 0};
+      KeyTile item{tile, 0};
 #pragma unroll
       for (int g = 0; g < kTile.groups; ++g) {
         const int q0 = at.q0 + 64 * g;
@@ -143,73 +122,13 @@ __device__ __forceinline__ void produce(const HopperForwardParams& p, SharedTile
       v_at.advance();
     }
     mbarrier_wait(pipeline.k_empty[k_at.stage], k_at.parity ^ 1);
-    pipeline.item[k_at.stage] = {Item::kEnd, 0};
+    pipeline.item[k_at.stage] = {KeyTile::kEnd, 0};
     mbarrier_arrive(pipeline.k_full[k_at.stage]);
     k_at.advance();
   }
 }
 
 // --- consumers
-
-// The mask of 64 queries on a thread's accumulators.
-struct FragmentBits {
-  SequenceMask mask;
-  const uint2* fragments;  // of the queries and the thread, one a tile of keys; or null
-  int query;               // of row r = 0
-
-  __device__ FragmentBits(const HopperForwardParams& p, int b, int q0)
-      : mask{p.mask, b, p.Lq, p.Lk}, fragments(nullptr), query(q0 + fragment_row(threadIdx.x % kWarpgroup)) {
-    if (p.fragments == nullptr) return;
-    const int n_key_tiles = (p.Lk + kFragmentColumns - 1) / kFragmentColumns;
-    const int64_t row_of_tiles = int64_t{q0 / kFragmentRows} * n_key_tiles;
-    fragments = p.fragments + b * p.fragments_batch + row_of_tiles * kFragmentThreads + threadIdx.x % kWarpgroup;
-  }
-
-  // The fragment of a tile of class kBits.
-  __device__ __forceinline__ uint2 tile(int key_tile) const {
-    uint2 bits{~0u, ~0u};
-    if (fragments != nullptr) {
-      bits = __ldg(fragments + int64_t{key_tile} * kFragmentThreads);
-      if (!mask.p.causal && mask.p.key_words == nullptr) return bits;
-    }
-    const int w = key_tile * kFragmentTileWords;
-    bits.x &= by_rule(w) | by_rule(w + 1) << 16;
-    bits.y &= by_rule(w + 2) | by_rule(w + 3) << 16;
-    return bits;
-  }
-
- private:
-  // What the mask has beside words, for the keys of word w.
-  __device__ __forceinline__ uint32_t by_rule(int w) const {
-    return fragment_bits(word(query, w), word(query + 8, w), lane_of() % 4);
-  }
-  __device__ __forceinline__ uint32_t word(int of_query, int w) const {
-    const uint32_t bits = bits_up_to(mask.p.causal ? min(of_query, mask.Lk - 1) : mask.Lk - 1, w);
-    return bits != 0 && mask.p.key_words != nullptr ? bits & mask.key_word(w) : bits;
-  }
-};
-
-// One arrival a warp, when all its lanes are done with what the barrier guards.
-__device__ __forceinline__ void release(Mbarrier& barrier) {
-  __syncwarp();
-  if (lane_of() == 0) mbarrier_arrive(barrier);
-}
-
-// Turns at issuing products go round the consumers; whoever is next waits at its barrier.
-template <int kGroups>
-struct Turns {
-  static constexpr int kFirstBarrier = 1, kThreads = 2 * kWarpgroup;
-
-  int group;
-
-  __device__ explicit Turns(int group) : group(group) {
-    if (group == kGroups - 1) pass();
-  }
-  __device__ __forceinline__ void wait() const { barrier_sync(kFirstBarrier + group, kThreads); }
-  __device__ __forceinline__ void pass() const {
-    barrier_arrive(kFirstBarrier + (group + 1 == kGroups ? 0 : group + 1), kThreads);
-  }
-};
 
 template <class T, int D>
 struct Products {
@@ -278,7 +197,7 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
   const int n = query_tiles(p, kTile.rows());
   for (int index = static_cast<int>(blockIdx.x); index < n; index += static_cast<int>(gridDim.x)) {
     const QueryTile at(p, index, kTile.rows());
-    const FragmentBits mask(p, at.b, at.q0 + 64 * group);
+    const FragmentBits mask(p.fragments, {p.mask, at.b, p.Lq, p.Lk}, at.q0 + 64 * group);
     SoftmaxRows rows;
     float s[16][4], out[D / 8][4] = {};
     uint32_t probabilities[8][4];
@@ -290,14 +209,14 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
 
     mbarrier_wait(pipeline.q_full, q_parity);
     q_parity ^= 1;
-    Item item = next_item();
+    KeyTile item = next_item();
     // Of the end that next_item has come to: this tile of queries is used up.
     const auto release_end = [&] {
       release(pipeline.k_empty[k_at.stage]);
       k_at.advance();
       release(pipeline.q_empty);
     };
-    if (item.tile == Item::kEnd) {
+    if (item.tile == KeyTile::kEnd) {
       release_end();
     } else {  // a branch round all products: accumulators that meet after one make ptxas wait for every product
       wgmma_fence(s, out);
@@ -324,7 +243,7 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
         pack_left<T>(probabilities, s);
         item = next_item();
         mbarrier_wait(pipeline.v_full[v_at.stage], v_at.parity);
-        if (item.tile == Item::kEnd) break;
+        if (item.tile == KeyTile::kEnd) break;
         turns.wait();
         wgmma_fence(s, out, probabilities);
         products.scores(s, k_at.stage);
@@ -384,8 +303,7 @@ template <class T, int D>
 cudaError_t launch_forward(const AttentionParams& p, const MaskFragments& fragments, bool is_half,
                            cudaStream_t stream) {
   HopperForwardParams h{};
-  h.fragments = reinterpret_cast<const uint2*>(fragments.data);
-  h.fragments_batch = fragments.batch / 2;
+  h.fragments = fragments;
   h.mask = p.mask;
   h.B = p.B;
   h.H = p.H;

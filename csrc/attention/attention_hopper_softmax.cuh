@@ -32,16 +32,6 @@ __device__ __forceinline__ float exponent_of(float max, float scale) {
   return max == -INFINITY ? 0.0f : __fmul_rn(max, scale);
 }
 
-// Scores [64, 128] to -inf where the fragment's bit is 0.
-__device__ __forceinline__ void forbid_fragment(float (&s)[16][4], uint2 bits) {
-#pragma unroll
-  for (int n = 0; n < 16; ++n) {
-    const uint32_t word = n < 8 ? bits.x : bits.y;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) s[n][i] = word & (1u << (4 * n + i) % 32) ? s[n][i] : -INFINITY;
-  }
-}
-
 // Scores become probabilities up to the row's factor 2^-max; the factors bring what was summed before to the new
 // maximum.
 template <int kN>

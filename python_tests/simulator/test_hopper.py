@@ -15,7 +15,7 @@ from host_compiler import CSRC, build, run
 
 SUCCESS, INVALID_VALUE = 0, 1
 KERNEL, BASE = "attention/attention_hopper_forward_kernel.cu", "common/hopper.cuh"
-SOFTMAX = "attention/attention_hopper_softmax.cuh"
+SOFTMAX, MASK = "attention/attention_hopper_softmax.cuh", "attention/attention_hopper_mask.cuh"
 SOURCES = (KERNEL, "testing/mutations/attention_hopper.cu")
 
 
@@ -122,7 +122,7 @@ MUTATIONS = {
     "unaligned swizzle": Mutation(BASE, "% kSwizzleBytes);", "% 128);", "inside the swizzle"),
     "outputs rescaled where both rows have a new maximum": Mutation(KERNEL, "1.0f || factor", "1.0f && factor"),
     "sums not brought to the new maximum": Mutation(SOFTMAX, "fmaf(rows.sum[r], factor[r], sum)", "rows.sum[r] + sum"),
-    "bits of the other rows": Mutation(KERNEL, "query(q0 + fragment_row", "query(fragment_row"),
+    "bits of the other rows": Mutation(MASK, "query(q0 + fragment_row", "query(fragment_row"),
 }
 
 

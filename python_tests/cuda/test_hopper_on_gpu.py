@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sm_90a attention forward where only a GPU can tell: long sequences, many runs, graphs; bitwise repeatable."""
+
+import pytest
+import torch
+from attention_cases import Case, assert_accurate, inputs_of
+from comparison import assert_all_equal
+from torch import Tensor
+
+from diffullama_ext import AttentionMask, annealed_attention, attention
+from diffullama_ext.ops import attention_hopper
+
+pytestmark = [pytest.mark.cuda, pytest.mark.ext]
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not attention_hopper.runs_on(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("no sm_90, or not built")
+    monkeypatch.setenv("DIFFULLAMA_ATTENTION", "hopper")
+
+
+@pytest.mark.parametrize("mask", ["annealed", "none", "causal", "documents", "bits of each"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_long(width: int, mask: str) -> None:
+    """More tiles than multiprocessors, more tiles of keys than stages."""
+    for length, padding in ((1000, "left"), (2048, "")):
+        assert_accurate(inputs_of(Case(length, length, width, BF16, (8, 2), mask, padding, batch=4), "cuda"))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_many_runs_are_equal(width: int) -> None:
+    """A missing wait shows now and then."""
+    i = inputs_of(Case(1111, 1111, width, BF16, (16, 4), "annealed", "right", batch=4), "cuda")
+    q, k, v = (x.detach() for x in i[:3])
+    first = attention(q, k, v, i.mask, key_padding=i.key_padding, return_lse=True)
+    for _ in range(200):
+        assert_all_equal(attention(q, k, v, i.mask, key_padding=i.key_padding, return_lse=True), first)
+
+
+def test_a_graph_replays_with_new_ratios_and_seeds() -> None:
+    i = inputs_of(Case(300, 300, 64, BF16, (4, 2)), "cuda")
+    ratio, seed = torch.full((1,), 0.5, device="cuda"), torch.full((1,), 3, device="cuda")
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            return annealed_attention(i.q, i.k, i.v, ratio, seed=seed)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for value, number in ((0.0, 1), (0.3, 2), (1.0, 3)):
+        ratio.fill_(value)
+        seed.fill_(number)
+        graph.replay()
+        assert_all_equal([out.clone()], [step()])
+
+
+def test_last_rows_of_a_long_call() -> None:
+    """Addresses beyond 2**31 elements."""
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of GPU memory")
+    q = torch.randn(33, 64, 8192, 128, device="cuda", dtype=BF16)
+    kv = torch.randn(33, 1, 300, 128, device="cuda", dtype=BF16)
+    mask = AttentionMask.full(8192, 300, device="cuda")
+    out = attention(q, kv, kv, mask)
+    tail = attention(q[-1:, -1:, -128:], kv[-1:], kv[-1:])
+    assert isinstance(out, Tensor)
+    assert isinstance(tail, Tensor)
+    assert_all_equal([out[-1:, -1:, -128:]], [tail])
