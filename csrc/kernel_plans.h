@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/attention_hopper_plan.h"
 #include "attention/attention_plan.h"
 #include "attention_mask/attention_mask_plan.h"
 #include "common/kernel_plan.h"
@@ -63,8 +64,9 @@ class PlanSizes {
   bool is_half_ = false;
 };
 
-// L is both lengths where they are one. masks=M says that there are bits.
-inline KernelPlan plan_attention_with(PlanSizes& s, decltype(plan_attention)* plan_of_kernel) {
+// L is both lengths where they are one. masks=M says that there are bits. takes_width: which D the kernel is made for.
+template <class PlanOfKernel>
+KernelPlan plan_attention_with(PlanSizes& s, bool (*takes_width)(int64_t), const PlanOfKernel& plan_of_kernel) {
   AttentionSizes sizes{};
   sizes.B = s.take("B");
   sizes.H = s.take("H");
@@ -80,15 +82,30 @@ inline KernelPlan plan_attention_with(PlanSizes& s, decltype(plan_attention)* pl
   if (causal && n_masks > 0) throw std::invalid_argument("causal and masks exclude each other");
   const MaskKind kind = causal ? MaskKind::kCausal : n_masks > 0 ? MaskKind::kBits : MaskKind::kFull;
   KernelPlan plan = plan_of_kernel(sizes, s.is_half(), kind, n_masks);
-  if (sizes.element_size == 2 && is_attention_width(sizes.D)) return plan;
+  if (sizes.element_size == 2 && takes_width(sizes.D)) return plan;
   KernelPlan reference{"reference"};  // PyTorch's operators
   reference.bytes = plan.bytes;
   reference.flops = plan.flops;
   return reference;
 }
 
-inline KernelPlan plan_attention(PlanSizes& s) { return plan_attention_with(s, plan_attention); }
-inline KernelPlan plan_attention_backward(PlanSizes& s) { return plan_attention_with(s, plan_attention_backward); }
+// hopper=1: the kernel of sm_90a.
+inline KernelPlan plan_attention(PlanSizes& s) {
+  if (s.flag("hopper")) {
+    const int n_sm = s.device().n_sm;
+    return plan_attention_with(s, is_hopper_attention_width, [&](const auto& sizes, bool is_half, auto kind, auto n) {
+      return plan_attention_hopper(sizes, is_half, kind, n, n_sm);
+    });
+  }
+  return plan_attention_with(s, is_attention_width, [](const auto& sizes, bool is_half, auto kind, auto n) {
+    return plan_attention(sizes, is_half, kind, n);
+  });
+}
+inline KernelPlan plan_attention_backward(PlanSizes& s) {
+  return plan_attention_with(s, is_attention_width, [](const auto& sizes, bool is_half, auto kind, auto n) {
+    return plan_attention_backward(sizes, is_half, kind, n);
+  });
+}
 
 inline KernelPlan plan_mask_tokens(PlanSizes& s) {
   const int64_t B = s.take("B"), L = s.take("L");

@@ -11,7 +11,7 @@ import torch
 
 from diffullama_ext import KernelPlan as Plan
 from diffullama_ext import _library, kernel_plan
-from diffullama_ext.ops import attention
+from diffullama_ext.ops import attention, attention_hopper
 
 pytestmark = pytest.mark.ext
 
@@ -112,6 +112,20 @@ def test_attention() -> None:
     assert bits.bytes - forward.bytes == 2048 * 64 * 4 + 32 * 32
     grouped = plan("attention", B=4, H=32, Hkv=8, Lq=100, Lk=300, D=64)
     assert grouped.bytes == 4 * (2 * 64 * (2 * 32 * 100 + 2 * 8 * 300) + 4 * 32 * 100)
+
+
+def test_attention_on_sm_90a() -> None:
+    """A block a multiprocessor unless tiles differ in work; the same traffic; the widths of the dispatch."""
+    sizes = {"B": 4, "H": 32, "L": 2048, "hopper": 1, "n_sm": 132}
+    wide, causal = plan("attention", **sizes, D=128, masks=1), plan("attention", **sizes, D=128, causal=1)
+    assert (wide.kernel, wide.grid, wide.block) == ("attention_hopper_forward_kernel<__nv_bfloat16, 128>", 132, 384)
+    assert causal.grid == 4 * 32 * 16
+    assert plan("attention", **sizes, D=64).block == 512
+    assert plan("attention", **(sizes | {"B": 1, "H": 2, "L": 200}), D=64).grid == 4
+    assert wide.bytes == plan("attention", **(sizes | {"hopper": 0}), D=128, masks=1).bytes
+    for width in attention.KERNEL_WIDTHS:
+        taken = plan("attention", **sizes, D=width).kernel != "reference"
+        assert taken == (width in attention_hopper.WIDTHS), "the plan and the dispatch in Python must agree"
 
 
 @pytest.mark.parametrize("op", ["attention", "attention_backward"])

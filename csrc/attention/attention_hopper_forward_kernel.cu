@@ -320,9 +320,8 @@ cudaError_t launch_forward(const AttentionParams& p, const MaskFragments& fragme
   if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const bool even_tiles = !p.mask.causal;
-  const KernelPlan plan =
-      plan_attention_hopper({p.B, p.H, p.Hkv, p.Lq, p.Lk, D}, is_half, MaskKind::kFull, 0, even_tiles, n_sm);
+  const MaskKind kind = p.mask.causal ? MaskKind::kCausal : p.mask.words ? MaskKind::kBits : MaskKind::kFull;
+  const KernelPlan plan = plan_attention_hopper({p.B, p.H, p.Hkv, p.Lq, p.Lk, D}, is_half, kind, 1, n_sm);
   return launch(attention_hopper_forward_kernel<T, D>, dim3(static_cast<unsigned>(plan.grid)), dim3(plan.block),
                 plan.shared_bytes, stream, h);
 }

@@ -37,20 +37,16 @@ constexpr int64_t hopper_attention_shared_bytes(int D) {
   return tile_bytes(tile.rows() + 2 * tile.stages * kHopperColumns, D) + 1024;
 }
 
-inline int64_t hopper_attention_tiles(const AttentionSizes& s) {
-  return s.B * s.H * ceil_div(s.Lq, hopper_attention_tile(static_cast<int>(s.D)).rows());
-}
-
-// A block a multiprocessor where all tiles cost the same; otherwise one a tile, for the hardware to even out.
+// A block a multiprocessor; causal ones, whose tiles differ in work, a block a tile, for the hardware to even out.
 inline KernelPlan plan_attention_hopper(const AttentionSizes& s, bool is_half, MaskKind kind, int64_t n_masks,
-                                        bool even_tiles, int n_sm) {
+                                        int n_sm) {
   KernelPlan plan = plan_attention(s, is_half, kind, n_masks);
-  const int D = static_cast<int>(s.D);
+  const HopperAttentionTile tile = hopper_attention_tile(static_cast<int>(s.D));
   plan.kernel = attention_kernel_name("attention_hopper_forward_kernel", is_half, s.D);
-  plan.grid = hopper_attention_tiles(s);
-  if (even_tiles) plan.grid = std::min<int64_t>(plan.grid, n_sm);
-  plan.block = hopper_attention_tile(D).threads();
-  plan.shared_bytes = hopper_attention_shared_bytes(D);
+  plan.grid = s.B * s.H * ceil_div(s.Lq, tile.rows());
+  if (kind != MaskKind::kCausal) plan.grid = std::min<int64_t>(plan.grid, n_sm);
+  plan.block = tile.threads();
+  plan.shared_bytes = hopper_attention_shared_bytes(static_cast<int>(s.D));
   return plan;
 }
 
