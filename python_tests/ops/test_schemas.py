@@ -17,6 +17,7 @@ OPS = {
     "mask_tile_classes",
     "attention",
     "attention_backward",
+    "attention_hopper",
     "shifted_cross_entropy",
     "shifted_cross_entropy_backward",
     "linear_shifted_nll",
