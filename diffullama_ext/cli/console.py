@@ -22,10 +22,12 @@ Report = Callable[[str, int, int, str], None]  # (stage, done, in all, note)
 
 
 def quiet_libraries() -> None:
-    """Errors reach the user as exceptions; the rest of what transformers and datasets log does not."""
+    """Errors reach the user as exceptions; the rest of what the libraries log does not."""
     import datasets
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)  # or each retry of a download is a line
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

@@ -35,6 +35,23 @@ def _numbered(dataset: Any) -> Any:
     )
 
 
+class _SkipEmptyStep(TrainerCallback):
+    """Takes the gradients, all 0, from the optimiser where a whole step has nothing to score: no decay, no momentum."""
+
+    def __init__(self, trainer: DiffusionTrainer) -> None:
+        self.trainer = trainer
+        self.n_known = 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The count of all processes is looked at, which waits for the device, only after an empty micro-batch here."""
+        n_empty, count = self.trainer.diffusion_objective.n_empty_batches, self.trainer.step_denominator
+        if n_empty > self.n_known and count is not None and int(count) == 0:
+            cast(nn.Module, self.trainer.model).zero_grad(set_to_none=True)
+        self.n_known = n_empty
+
+
 class _SetEpoch(TrainerCallback):
     """Tells the sampler its epoch. accelerate does so too, but not through the loader of a resumed distributed run."""
 
@@ -54,7 +71,8 @@ class DiffusionTrainer(Trainer):
 
     - The loss is :class:`diffullama_ext.objective.DiffusionObjective` with the attention annealed by optimiser step.
       Its denominator is counted over the accumulation window and all processes (``average_tokens_across_devices``), for
-      every normaliser: neither changes with the micro-batch size.
+      every normaliser: neither changes with the micro-batch size. A step with nothing to score moves no weight (under
+      the normalisers "tokens" and "masked").
     - The noise of a sample depends on (args.seed, its place in the stream of training samples); the order of samples on
       (args.data_seed or args.seed, epoch). Both are the same for any number of processes and after a resume.
     - Evaluation is bidirectional, on noise that depends on (eval_seed, place in the dataset) only: ``eval_loss`` in the
@@ -113,7 +131,9 @@ class DiffusionTrainer(Trainer):
         self.eval_seed = eval_seed
         self._sums = self._zero_sums()
         self._staging: Path | None = None
+        self.step_denominator: Tensor | None = None
         self.add_callback(_SetEpoch(self))
+        self.add_callback(_SkipEmptyStep(self))
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -149,7 +169,10 @@ class DiffusionTrainer(Trainer):
         count = torch.zeros((), dtype=torch.int64, device=device)
         for inputs in map(self._prepare_inputs, batch_samples):
             count += self.diffusion_objective.denominator(inputs["input_ids"], **self._noise(inputs, self.args.seed))
-        return self.accelerator.reduce(count, reduction="sum") if self.args.average_tokens_across_devices else count
+        if self.args.average_tokens_across_devices:
+            count = self.accelerator.reduce(count, reduction="sum")
+        self.step_denominator = count
+        return count
 
     def compute_loss(
         self,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DiffusionTrainer: what may not change the run, and what comes out of it."""
 
+import itertools
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import MASK_ID, VOCAB, causal_lm
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from diffullama_ext.integrations import DiffusionConfig, adapt
 from diffullama_ext.objective import DiffusionObjective, ObjectiveConfig
@@ -173,6 +174,28 @@ def test_two_processes_continue_the_run_of_one(tmp_path: Path) -> None:
     assert losses == pytest.approx(curve(single), rel=1e-4)
     for a, b in zip(parameters, weights(single), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalizer", ["tokens", "masked"])
+def test_a_step_with_nothing_to_score_moves_no_weight(normalizer: str, tmp_path: Path) -> None:
+    """Steps 0, 2, ... are all prompt; AdamW would decay the weights there, and go on by its momentum."""
+    data = [{"input_ids": [9, 10, 11, 12], "maskable": [(i // 4) % 2] * 4} for i in range(16)]
+    model, snapshots = adapted(), [[p.detach().clone() for p in adapted().parameters()]]
+
+    class Snapshot(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            snapshots.append([p.detach().clone() for p in model.parameters()])
+
+    options = {"weight_decay": 0.5, "max_steps": 4, "train_sampling_strategy": "sequential"}
+    config = ObjectiveConfig(MASK_ID, normalizer=normalizer)
+    trainer = DiffusionTrainer(
+        model, arguments(tmp_path, **options), objective=config, train_dataset=data, callbacks=[Snapshot()]
+    )
+    with pytest.warns(UserWarning, match="no token that may be masked and scored"):
+        trainer.train()
+    moved = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(snapshots)]
+    assert moved == [False, True, False, True]
+    assert trainer.diffusion_objective.n_empty_batches == 2
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
