@@ -58,6 +58,7 @@ test: build
 # --- the CUDA kernels on the CPU (docs/simulator.md): no GPU, no CUDA toolkit
 SIM := .build/simulated
 SIM_LIBRARY = DIFFULLAMA_CPU_LIBRARY=$(CURDIR)/$(SIM)/csrc/testing/lib
+SIM_TARGETS = diffullama_simulated diffullama_simulated_sanitized diffullama_simulated_races
 SIM_TESTS ?= python_tests/ops
 preload = $$(gcc -print-file-name=$(1).so)
 
@@ -66,21 +67,23 @@ simulated: build
 	  cmake -G Ninja -S . -B $(SIM) -DTORCH_INCLUDE_DIR=$$root/include -DTORCH_LIBRARY_DIR=$$root/lib \
 	  -DDIFFULLAMA_WITH_CUDA=OFF -DDIFFULLAMA_WERROR=1 -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
 	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) > /dev/null
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SIM) --target diffullama_simulated diffullama_simulated_sanitized \
-	  diffullama_simulated_races
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SIM) --target $(SIM_TARGETS)
 
 # Every op test over the CUDA kernels; wrong results under shuffled thread order, divergence, deadlock.
+test-simulated: SIM_TARGETS = diffullama_simulated
 test-simulated: simulated
 	$(SIM_LIBRARY)diffullama_simulated.so $(PYTEST) -q --require-ext $(SIM_TESTS)
 	DIFFULLAMA_SIMULATED_ARCH=80 $(SIM_LIBRARY)diffullama_simulated.so $(PYTEST) -q --require-ext $(SIM_TESTS) -k token_stats_paths
 
 # Out-of-bounds accesses and undefined behaviour, by AddressSanitizer and UBSan.
+test-sanitized: SIM_TARGETS = diffullama_simulated_sanitized
 test-sanitized: simulated
 	LD_PRELOAD="$(call preload,libasan) $(call preload,libstdc++)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	  $(SIM_LIBRARY)diffullama_simulated_sanitized.so $(PY) -m pytest -q --require-ext --capture=sys $(SIM_TESTS) \
 	  -k "oracle or reference or paths"
 
 # Accesses that no barrier orders, by ThreadSanitizer.
+test-races: SIM_TARGETS = diffullama_simulated_races
 test-races: simulated
 	LD_PRELOAD="$(call preload,libtsan)" OMP_NUM_THREADS=1 $(SIM_LIBRARY)diffullama_simulated_races.so \
 	  setarch -R $(PY) -m pytest -q --require-ext --capture=sys $(SIM_TESTS) -k "oracle or reference or paths"
