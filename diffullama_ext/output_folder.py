@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that are written whole or not at all."""
+"""Folders and files that are written whole or not at all."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -35,3 +36,13 @@ def written_at_once(out: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_file_at_once(path: Path, text: str) -> None:
+    """Write a file as UTF-8; where that fails, what was there stays as it is, and nothing else is left."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")  # one file system: replacing is atomic
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..output_folder import is_free, write_file_at_once
 from .console import Report, pick_device, quiet_libraries, reporting, scores_table
 from .errors import BadInput, checking_input
 from .models import load_autoregressive
@@ -75,7 +76,6 @@ def run_adaptation(config: AdaptConfig, out: Path, processes: int = 1) -> None:
 def _check_folder(config: AdaptConfig, out: Path) -> None:
     """BadInput where ``out`` holds anything but the beginning of this very run."""
     from ..adapt_config import AdaptConfig
-    from ..output_folder import is_free
 
     if is_free(out):
         return
@@ -90,24 +90,17 @@ def _check_folder(config: AdaptConfig, out: Path) -> None:
         raise BadInput(f"{out} holds a run with other settings: {values}; give another --out, or its own settings")
 
 
-def _write(path: Path, text: str) -> None:
-    """All or nothing."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
 def _start(config: AdaptConfig, out: Path) -> None:
     """The record of what runs: settings with every default, and versions."""
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / SETTINGS, config.to_yaml())
+    write_file_at_once(out / SETTINGS, config.to_yaml())
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    _write(out / ENVIRONMENT, json.dumps(versions, indent=2) + "\n")
+    write_file_at_once(out / ENVIRONMENT, json.dumps(versions, indent=2) + "\n")
 
 
 def _finish(config: AdaptConfig, out: Path, model: Any, tokenizer: Any, curves: _Curves, n_train: int) -> None:
@@ -129,7 +122,7 @@ def _finish(config: AdaptConfig, out: Path, model: Any, tokenizer: Any, curves: 
         "seed": config.seed,
         "models": {"as it was": curves.by_step["0"], "adapted": curves.by_step[str(config.steps)]},
     }
-    _write(out / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+    write_file_at_once(out / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     _show(curves, out)
 
 
@@ -184,7 +177,7 @@ class _Curves:
         )
         self.last[str(step)] = (ar, scores)
         self.by_step[str(step)] = {"ar_loss": ar.to_dict(), **scores.to_dict()}
-        _write(self.path, json.dumps(self.by_step, indent=1, allow_nan=False) + "\n")
+        write_file_at_once(self.path, json.dumps(self.by_step, indent=1, allow_nan=False) + "\n")
 
 
 def _is_in_parts(trainer: Any) -> bool:

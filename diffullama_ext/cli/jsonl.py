@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..output_folder import write_file_at_once
+
 Record = dict[str, Any]
 
 
@@ -71,9 +73,7 @@ class Output:
                     kept.setdefault(index, []).append(line)
         whole = {index: rows for index, rows in kept.items() if len(rows) == per_input}
         if dropped or len(whole) < len(kept):
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            beside.write_text("".join(f"{row}\n" for rows in whole.values() for row in rows), encoding="utf-8")
-            beside.replace(path)
+            write_file_at_once(path, "".join(f"{row}\n" for rows in whole.values() for row in rows))
         self.done = set(whole)
         self._file = path.open("a", encoding="utf-8")
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WRAPPED_DECODER, WRAPPED_EMBEDDING = "denoise_model", "embed_tokens"
 WRAPPER = "DiscreteDiffusionModel"
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)

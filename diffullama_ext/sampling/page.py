@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_int, check_tensor
+from ..output_folder import write_file_at_once
 from .token_text import TokenText
 from .trace import ABSENT, History, Trace
 
@@ -59,14 +60,7 @@ def trace_page(
 
 def write_page(path: str | os.PathLike[str], trace: Trace, text_of: TokenText, **options: Any) -> None:
     """Write :func:`trace_page` (same options) to a file, or leave what is there as it is where that fails."""
-    path = Path(path)
-    page = trace_page(trace, text_of, **options)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_file_at_once(Path(path), trace_page(trace, text_of, **options))
 
 
 class _Vocabulary:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's parts: sizes, the stream of samples, the loop, the lines it masks, and folders written whole."""
+"""The demo's parts: sizes, the stream of samples, the loop, the lines it masks, and what it replaces."""
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from diffullama_ext.data import Document, train_tokenizer
 from diffullama_ext.demo import DemoConfig, check_replaceable
 from diffullama_ext.demo.samples import _snippets, _window
 from diffullama_ext.demo.training import Samples, fit, learning_rate_at
-from diffullama_ext.output_folder import is_free, written_at_once
+from diffullama_ext.output_folder import is_free
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
@@ -141,57 +140,7 @@ def test_window_grows_to_both_sides_within_its_room(sizes, place, room, expected
     assert _window(sizes, place, room) == expected
 
 
-# --- folders written whole -------------------------------------------------------------------------------------------
-
-
-def test_a_folder_appears_only_when_it_is_complete(tmp_path):
-    out = tmp_path / "deep" / "run"
-    with written_at_once(out) as folder:
-        (folder / "a").write_text("1")
-        assert not out.exists()
-    assert (out / "a").read_text() == "1"
-    assert list(out.parent.iterdir()) == [out]  # nothing left beside it
-
-
-def test_a_failure_leaves_what_was_there(tmp_path):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "old").touch()
-
-    def write_half() -> None:
-        with written_at_once(out) as folder:
-            (folder / "new").touch()
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        write_half()
-    assert [path.name for path in tmp_path.rglob("*")] == ["run", "old"]
-
-
-def test_a_failure_to_move_puts_back_what_was_there(tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "old").touch()
-    rename = Path.rename
-
-    def refuse(path, target):
-        if path.name == "new":
-            raise PermissionError
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(PermissionError), written_at_once(out):
-        pass
-    assert [path.name for path in tmp_path.rglob("*")] == ["run", "old"]
-
-
-def test_success_replaces_what_was_there(tmp_path):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "old").touch()
-    with written_at_once(out) as folder:
-        (folder / "new").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["run", "new"]
+# --- the folder of a run ---------------------------------------------------------------------------------------------
 
 
 def test_only_new_empty_and_former_run_folders_are_replaceable(tmp_path):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -29,9 +30,9 @@ class _QuotaPolicy(Policy):
     def __post_init__(self) -> None:
         check_range("noise", self.noise, 0.0, math.inf)
 
+    @abstractmethod
     def score(self, stats: TokenStats) -> Tensor:
         """Higher is committed first, [B, L]."""
-        raise NotImplementedError
 
     def decide(self, stats: TokenStats, state: State) -> Decision:
         """The quota of each row."""
