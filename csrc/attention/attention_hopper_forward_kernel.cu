@@ -13,7 +13,7 @@
 // Method: Shah et al., "FlashAttention-3" (2024), sections 3.1 and 3.2; softmax as in attention_forward_kernel.cu.
 // Run in the simulator only; not yet run on a GPU.
 #include "../common/launch.h"
-#include "../common/tensor_map.h"
+#include "attention_hopper_map.h"
 #include "attention_hopper_mask.cuh"
 #include "attention_hopper_pipeline.cuh"
 #include "attention_hopper_plan.h"
@@ -82,14 +82,6 @@ __device__ __forceinline__ int query_tiles(const HopperForwardParams& p, int row
 }
 
 // --- producer
-
-template <class T, int kPanels, int kRows>
-__device__ __forceinline__ void load_panels(T (&to)[kPanels][kRows][kPanel], const CUtensorMap& map, Mbarrier& barrier,
-                                            int row, int head, int b) {
-  mbarrier_arrive_expect(barrier, static_cast<int>(sizeof to));
-#pragma unroll
-  for (int i = 0; i < kPanels; ++i) tma_load(to[i], map, barrier, i * kPanel, row, head, b);
-}
 
 template <class T, int D>
 __device__ __forceinline__ void produce(const HopperForwardParams& p, SharedTiles<T, D>& tiles, Pipeline<D>& pipeline) {
@@ -289,16 +281,6 @@ __global__ void __launch_bounds__(hopper_attention_tile(D).threads(), 1)
 
 // --- host
 
-cudaError_t encode(CUtensorMap& map, const AttentionOperand& t, bool is_half, int B, int heads, int L, int D,
-                   int box_rows) {
-  const auto bytes = [](int64_t stride) { return static_cast<uint64_t>(2 * stride); };
-  return encode_tensor_map(
-      map, t.data, is_half,
-      {{static_cast<uint64_t>(D), static_cast<uint64_t>(L), static_cast<uint64_t>(heads), static_cast<uint64_t>(B)},
-       {bytes(t.row), bytes(t.head), bytes(t.batch)},
-       static_cast<uint32_t>(box_rows)});
-}
-
 template <class T, int D>
 cudaError_t launch_forward(const AttentionParams& p, const MaskFragments& fragments, bool is_half,
                            cudaStream_t stream) {
@@ -313,9 +295,9 @@ cudaError_t launch_forward(const AttentionParams& p, const MaskFragments& fragme
   h.scale = p.scale;
   h.out = p.out;
   h.lse = p.lse;
-  cudaError_t error = encode(h.q, p.q, is_half, p.B, p.H, p.Lq, D, hopper_attention_tile(D).rows());
-  if (error == cudaSuccess) error = encode(h.k, p.k, is_half, p.B, p.Hkv, p.Lk, D, kHopperColumns);
-  if (error == cudaSuccess) error = encode(h.v, p.v, is_half, p.B, p.Hkv, p.Lk, D, kHopperColumns);
+  cudaError_t error = encode_operand(h.q, p.q, is_half, p.B, p.H, p.Lq, D, hopper_attention_tile(D).rows());
+  if (error == cudaSuccess) error = encode_operand(h.k, p.k, is_half, p.B, p.Hkv, p.Lk, D, kHopperColumns);
+  if (error == cudaSuccess) error = encode_operand(h.v, p.v, is_half, p.B, p.Hkv, p.Lk, D, kHopperColumns);
   int device = 0, n_sm = 0;
   if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);

@@ -7,12 +7,24 @@ namespace diffullama {
 
 // fragment_mask of the words, or nulls where there are none.
 struct MaskFragments {
-  const uint32_t* data;  // [M, ceil(Lq / 64), ceil(Lk / 128), 128, 2]
+  const uint32_t* data;  // [M, ceil(rows / 64), ceil(columns / 128), 128, 2]
   int64_t batch;         // stride of M; 0 where the batch shares one mask
 };
 
 // The forward for D = 64 and 128 on sm_90a.
 cudaError_t launch_attention_hopper(const AttentionParams& p, const MaskFragments& fragments, int D, bool is_half,
                                     cudaStream_t stream);
+
+// What the backward takes besides.
+struct HopperBackwardBuffers {
+  MaskFragments fragments;  // of the transpose
+  float* sums;              // of dQ (attention_query_sums.cuh), zeros
+  int* counters;            // [hopper_backward_counters], zeros
+  bool deterministic;
+};
+
+// dK, dV and the sums of dQ, from statistics of hopper_backward_queries a head.
+cudaError_t launch_attention_hopper_backward(const AttentionBackwardParams& p, const HopperBackwardBuffers& buffers,
+                                             int D, bool is_half, cudaStream_t stream);
 
 }  // namespace diffullama

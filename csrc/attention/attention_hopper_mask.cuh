@@ -47,14 +47,61 @@ struct FragmentBits {
   }
 };
 
+// Of 64 keys, for one thread of the backward, whose accumulators are transposed: rows are keys.
+struct KeyFragmentBits {
+  const uint32_t* fragments;  // of the keys and the thread, two words a tile of 128 queries; or null
+  uint32_t keys;              // what the last key and padding leave of any word
+  int key;                    // of row r = 0
+  bool causal;
+
+  __device__ KeyFragmentBits(const MaskFragments& all, const SequenceMask& mask, int k0)
+      : fragments(nullptr), keys(0), key(k0 + fragment_row(threadIdx.x % kWarpgroup)), causal(mask.p.causal) {
+    constexpr uint32_t kRow0 = 0x33333333u;  // the bits of r = 0
+    if (allows_key(mask, key)) keys |= kRow0;
+    if (allows_key(mask, key + 8)) keys |= ~kRow0;
+    if (all.data == nullptr) return;
+    const int n_query_tiles = (mask.Lq + kFragmentColumns - 1) / kFragmentColumns;
+    const int64_t row_of_tiles = int64_t{k0 / kFragmentRows} * n_query_tiles;
+    fragments = all.data + mask.b * all.batch +
+                (row_of_tiles * kFragmentThreads + static_cast<int>(threadIdx.x) % kWarpgroup) * 2;
+  }
+
+  // Of the tile's queries, 64 a word; its class is kBits.
+  template <int kWords>
+  __device__ __forceinline__ void tile(uint32_t (&bits)[kWords], int q0) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int word = q0 / kPanel + i;
+      bits[i] = keys;
+      if (fragments != nullptr) bits[i] &= __ldg(fragments + int64_t{word / 2} * (2 * kFragmentThreads) + word % 2);
+      if (causal) bits[i] &= from_key(2 * word) | from_key(2 * word + 1) << 16;
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ bool allows_key(const SequenceMask& mask, int key) {
+    return key < mask.Lk && (mask.p.key_words == nullptr || (mask.key_word(key / 32) >> key % 32 & 1u));
+  }
+  // Of queries [32 w, 32 w + 32): those that are not before the key.
+  __device__ __forceinline__ uint32_t from_key(int w) const {
+    return fragment_bits(~bits_up_to(key - 1, w), ~bits_up_to(key + 7, w), lane_of() % 4);
+  }
+};
+
+// Scores of the queries [64 half, 64 half + 64) to -inf where the word's bit is 0.
+template <int kN>
+__device__ __forceinline__ void forbid_half(float (&s)[kN][4], int half, uint32_t word) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[8 * half + n][i] = word & (1u << (4 * n + i)) ? s[8 * half + n][i] : -INFINITY;
+  }
+}
+
 // Scores [64, 128] to -inf where the fragment's bit is 0.
 __device__ __forceinline__ void forbid_fragment(float (&s)[16][4], uint2 bits) {
-#pragma unroll
-  for (int n = 0; n < 16; ++n) {
-    const uint32_t word = n < 8 ? bits.x : bits.y;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) s[n][i] = word & (1u << (4 * n + i) % 32) ? s[n][i] : -INFINITY;
-  }
+  forbid_half(s, 0, bits.x);
+  forbid_half(s, 1, bits.y);
 }
 
 }  // namespace diffullama

@@ -29,6 +29,16 @@ struct RingPlace {
   }
 };
 
+// Panels of 64 columns, [D / 64][rows][64], of the rows from `row` on; the barrier gets their bytes, and is told to
+// expect so many more.
+template <class T, int kPanels, int kRows>
+__device__ __forceinline__ void load_panels(T (&to)[kPanels][kRows][kPanel], const CUtensorMap& map, Mbarrier& barrier,
+                                            int row, int head, int b, int more_bytes = 0) {
+  mbarrier_arrive_expect(barrier, static_cast<int>(sizeof to) + more_bytes);
+#pragma unroll
+  for (int i = 0; i < kPanels; ++i) tma_load(to[i], map, barrier, i * kPanel, row, head, b);
+}
+
 // One arrival a warp, when all its lanes are done with what the barrier guards.
 __device__ __forceinline__ void release(Mbarrier& barrier) {
   __syncwarp();

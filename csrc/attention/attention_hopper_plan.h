@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of the sm_90a attention kernel and its launch plan.
+// Tiles of the sm_90a attention kernels and their launch plans.
 #pragma once
 
 #include "attention_plan.h"
@@ -47,6 +47,56 @@ inline KernelPlan plan_attention_hopper(const AttentionSizes& s, bool is_half, M
   if (kind != MaskKind::kCausal) plan.grid = std::min<int64_t>(plan.grid, n_sm);
   plan.block = tile.threads();
   plan.shared_bytes = hopper_attention_shared_bytes(static_cast<int>(s.D));
+  return plan;
+}
+
+// --- backward
+
+// A block keeps 128 keys, 64 a consumer warpgroup, and goes through the queries of all heads that share them, `queries`
+// at a time, in a ring of `stages` tiles of Q and of dO. A consumer thread holds dK and dV (D / 2 each), S^T and dP^T
+// (queries / 2 each); then dQ (32) and what goes to the next products as 16 bits (queries / 4 each).
+//   shared : K and V 512 D bytes, Q and dO 4 queries D a stage, dS 512 queries: 193.5 KB at D = 128, 195 KB at D = 64
+struct HopperBackwardTile {
+  int queries, stages, consumer_registers, producer_registers;
+
+  constexpr bool shares_registers() const { return producer_registers + 2 * consumer_registers == 3 * 168; }
+};
+
+constexpr int kHopperKeys = 128, kHopperBackwardGroups = 2, kHopperBackwardThreads = 128 * (1 + kHopperBackwardGroups);
+
+constexpr HopperBackwardTile hopper_backward_tile(int D) {
+  return D == 128 ? HopperBackwardTile{64, 3, 240, 24} : HopperBackwardTile{128, 3, 240, 24};
+}
+
+static_assert(hopper_backward_tile(64).shares_registers() && hopper_backward_tile(128).shares_registers());
+
+// Two buffers of dS; statistics of the queries in every stage; what the swizzle's alignment may cost.
+constexpr int64_t hopper_backward_shared_bytes(int D) {
+  const HopperBackwardTile tile = hopper_backward_tile(D);
+  return tile_bytes(2 * kHopperKeys + 2 * tile.stages * tile.queries, D) + 2 * tile_bytes(kHopperKeys, tile.queries) +
+         tile.stages * tile.queries * 8 + 1024;
+}
+
+// Queries of a head with those that fill its last tile.
+inline int64_t hopper_backward_queries(const AttentionSizes& s) {
+  const int queries = hopper_backward_tile(static_cast<int>(s.D)).queries;
+  return ceil_div(s.Lq, queries) * queries;
+}
+
+// The ticket, and a turn for every warp of the consumers and tile of queries.
+inline int64_t hopper_backward_counters(const AttentionSizes& s) {
+  return 1 + 4 * kHopperBackwardGroups * s.B * s.H *
+                 ceil_div(s.Lq, hopper_backward_tile(static_cast<int>(s.D)).queries);
+}
+
+// Blocks take tiles of keys from a counter, so that what a mask leaves is evened out.
+inline KernelPlan plan_attention_hopper_backward(const AttentionSizes& s, bool is_half, MaskKind kind, int64_t n_masks,
+                                                 int n_sm) {
+  KernelPlan plan = plan_attention_backward(s, is_half, kind, n_masks);
+  plan.kernel = attention_kernel_name("attention_hopper_backward_kernel", is_half, s.D);
+  plan.grid = std::min<int64_t>(s.B * s.Hkv * ceil_div(s.Lk, kHopperKeys), n_sm);
+  plan.block = kHopperBackwardThreads;
+  plan.shared_bytes = hopper_backward_shared_bytes(static_cast<int>(s.D));
   return plan;
 }
 

@@ -115,6 +115,25 @@ __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap& map, M
 #endif
 }
 
+// Starts copying bytes that lie together, a multiple of 16 at aligned addresses; one thread. The barrier gets them.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, int bytes, Mbarrier& barrier) {
+#if defined(DIFFULLAMA_SIMULATED)
+  simulator::bulk_load(shared, global, bytes, &barrier);
+#else
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(&barrier))
+               : "memory");
+#endif
+}
+
+// What this thread wrote to shared memory is visible to wgmma and TMA that a barrier lets begin after this.
+__device__ __forceinline__ void fence_async_proxy() {
+#if !defined(DIFFULLAMA_SIMULATED)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap& map) {
 #if defined(DIFFULLAMA_SIMULATED)
   static_cast<void>(map);
@@ -230,31 +249,34 @@ __device__ __forceinline__ void settle([[maybe_unused]] float v) {
   DIFFULLAMA_NAMES64                                                                                            \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// Operands after the accumulators: a (one descriptor or four registers), b, whether to accumulate, b transposed.
+// Operands after the accumulators: a (one descriptor or four registers), b, whether to accumulate, b transposed, and,
+// of a in shared memory, a transposed, which PTX wants before b.
 #define DIFFULLAMA_WGMMA(n, type, names, a, b, accumulate, after)                                                     \
   "{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type \
   " {" names "}, " a ", " b ", p, 1, 1, " after ";\n}\n"
-#define DIFFULLAMA_WGMMA_SHARED64(type) DIFFULLAMA_WGMMA("64", type, DIFFULLAMA_NAMES64, "%32", "%33", "%34", "0, %35")
+#define DIFFULLAMA_WGMMA_SHARED64(type) DIFFULLAMA_WGMMA("64", type, DIFFULLAMA_NAMES64, "%32", "%33", "%34", "%36, %35")
 #define DIFFULLAMA_WGMMA_SHARED128(type) \
-  DIFFULLAMA_WGMMA("128", type, DIFFULLAMA_NAMES128, "%64", "%65", "%66", "0, %67")
+  DIFFULLAMA_WGMMA("128", type, DIFFULLAMA_NAMES128, "%64", "%65", "%66", "%68, %67")
 #define DIFFULLAMA_WGMMA_REGISTERS64(type) \
   DIFFULLAMA_WGMMA("64", type, DIFFULLAMA_NAMES64, "{%32, %33, %34, %35}", "%36", "%37", "%38")
 #define DIFFULLAMA_WGMMA_REGISTERS128(type) \
   DIFFULLAMA_WGMMA("128", type, DIFFULLAMA_NAMES128, "{%64, %65, %66, %67}", "%68", "%69", "%70")
 #endif
 
-// d = a b, or d + a b: a [64, 16] rows of a panel; b [16, 8 kN] stored as its transpose, rows of a panel, or, where
-// kTransposed, [16 rows, 8 kN] across panels.
-template <class T, bool kTransposed, int kN>
+// d = a b, or d + a b: a [64, 16] rows of a panel, or, where kLeftTransposed, stored as its transpose, [16 rows, 64]; b
+// [16, 8 kN] stored as its transpose, rows of a panel, or, where kTransposed, [16 rows, 8 kN] across panels.
+template <class T, bool kTransposed, bool kLeftTransposed = false, int kN>
 __device__ __forceinline__ void wgmma(float (&d)[kN][4], uint64_t a, uint64_t b, bool accumulate,
                                       [[maybe_unused]] Site site = Site::here()) {
   static_assert(kN == 8 || kN == 16, "64 or 128 columns");
   constexpr bool kIsHalf = std::is_same_v<T, __half>;
   static_assert(kIsHalf || std::is_same_v<T, __nv_bfloat16>, "wgmma multiplies fp16 or bf16");
 #if defined(DIFFULLAMA_SIMULATED)
-  simulator::wgmma({a, b, false, kTransposed, accumulate, kIsHalf, 8 * kN}, &d[0][0], nullptr, site);
+  simulator::wgmma({a, b, false, kLeftTransposed, kTransposed, accumulate, kIsHalf, 8 * kN}, &d[0][0], nullptr, site);
 #else
-#define DIFFULLAMA_INPUTS "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kTransposed))
+#define DIFFULLAMA_INPUTS                                                                            \
+  "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kTransposed)), \
+      "n"(static_cast<int>(kLeftTransposed))
   if constexpr (kN == 8 && kIsHalf) {
     asm volatile(DIFFULLAMA_WGMMA_SHARED64("f16") : DIFFULLAMA_D64 : DIFFULLAMA_INPUTS);
   } else if constexpr (kN == 8) {
@@ -276,7 +298,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kN][4], const uint32_t (&a)[4],
   constexpr bool kIsHalf = std::is_same_v<T, __half>;
   static_assert(kIsHalf || std::is_same_v<T, __nv_bfloat16>, "wgmma multiplies fp16 or bf16");
 #if defined(DIFFULLAMA_SIMULATED)
-  simulator::wgmma({0, b, true, kTransposed, accumulate, kIsHalf, 8 * kN}, &d[0][0], a, site);
+  simulator::wgmma({0, b, true, false, kTransposed, accumulate, kIsHalf, 8 * kN}, &d[0][0], a, site);
 #else
 #define DIFFULLAMA_INPUTS                                                                \
   "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \

@@ -82,6 +82,19 @@ void copy_box(const BoxCopy& copy) {
   end_phase_if_complete(barrier);
 }
 
+// At once, or some time later.
+void start_copy(const CUtensorMap& map, void* shared, void* barrier, const BoxPlace& at) {
+  const NoRaces scope;
+  initialised(*state.current->block, barrier);
+  const BoxCopy copy{map, at, shared_address(shared), barrier, state.current->block};
+  const auto when = static_cast<BoxCopy::When>(random_below(3));
+  if (when == BoxCopy::When::kAtOnce) {
+    copy_box(copy);
+  } else {
+    (when == BoxCopy::When::kSoon ? state.copies : state.late_copies).push_back(copy);
+  }
+}
+
 // --- products
 
 Warpgroup& warpgroup_of(const Thread& thread) {
@@ -124,7 +137,8 @@ void multiply(const Block& block, PendingWgmma& op, int warp) {
         const int thread = 32 * warp + row % 8 * 4 + k % 8 / 2, i = row / 8 + k / 8 * 2;
         a[row][k] = element(reinterpret_cast<const char*>(op.a[thread] + i) + k % 2 * 2, w.is_half);
       } else {
-        a[row][k] = shared_element(block, w.a, 16 * warp + row, k, w.is_half);
+        const int line = 16 * warp + row;
+        a[row][k] = shared_element(block, w.a, w.a_transposed ? k : line, w.a_transposed ? line : k, w.is_half);
       }
     }
   }
@@ -203,17 +217,18 @@ void mbarrier_wait(void* barrier, int parity, Site site) {
 }
 
 void tma_load(void* shared, const CUtensorMap& map, void* barrier, const BoxPlace& at) {
-  const NoRaces scope;
-  const uint32_t to = shared_address(shared);
-  if (to % 128) fail("a TMA load needs a shared address that is a multiple of 128");
-  initialised(*state.current->block, barrier);
-  const BoxCopy copy{map, at, to, barrier, state.current->block};
-  const auto when = static_cast<BoxCopy::When>(random_below(3));
-  if (when == BoxCopy::When::kAtOnce) {
-    copy_box(copy);
-  } else {
-    (when == BoxCopy::When::kSoon ? state.copies : state.late_copies).push_back(copy);
+  if (shared_address(shared) % 128) fail("a TMA load needs a shared address that is a multiple of 128");
+  start_copy(map, shared, barrier, at);
+}
+
+void bulk_load(void* shared, const void* global, int bytes, void* barrier) {
+  if (bytes <= 0 || bytes % 16 || reinterpret_cast<uintptr_t>(global) % 16 || shared_address(shared) % 16) {
+    fail("a bulk copy takes a multiple of 16 bytes at addresses aligned to 16");
   }
+  CUtensorMap map{static_cast<const char*>(global), 1, {}, {2}, {}, false};
+  map.size[0] = static_cast<uint64_t>(bytes / 2);
+  map.box[0] = static_cast<uint32_t>(bytes / 2);
+  start_copy(map, shared, barrier, {});
 }
 
 bool perform_a_copy(bool late) {

@@ -23,16 +23,17 @@ struct BoxPlace {
   int first[5];
 };
 void tma_load(void* shared, const CUtensorMap& map, void* barrier, const BoxPlace& at);
+void bulk_load(void* shared, const void* global, int bytes, void* barrier);
 
 // d [64, columns] (+)= a [64, 16] b [16, columns].
 struct Wgmma {
   uint64_t a, b;  // descriptors; a is not used where it comes from registers
-  bool a_in_registers, b_transposed, accumulate, is_half;
+  bool a_in_registers, a_transposed, b_transposed, accumulate, is_half;
   int columns;
 
   bool operator==(const Wgmma& o) const {
-    return a == o.a && b == o.b && a_in_registers == o.a_in_registers && b_transposed == o.b_transposed &&
-           accumulate == o.accumulate && is_half == o.is_half && columns == o.columns;
+    return a == o.a && b == o.b && a_in_registers == o.a_in_registers && a_transposed == o.a_transposed &&
+           b_transposed == o.b_transposed && accumulate == o.accumulate && is_half == o.is_half && columns == o.columns;
   }
 };
 void wgmma_fence();
