@@ -14,6 +14,8 @@ constexpr int kAttentionWarps = 4, kAttentionThreads = 32 * kAttentionWarps;
 constexpr int kAttentionBlocksPerSm = 2;  // what registers allow: 255 a thread
 constexpr int kClassTile = 64;            // queries and keys of an entry of tile_classes
 
+constexpr int kSumsRows = 64;  // queries of a tile of float32 sums of dQ (attention_query_sums.cuh)
+
 constexpr bool is_attention_width(int64_t D) { return D == 32 || D == 64 || D == 96 || D == 128 || D == 256; }
 
 // A block keeps `rows` of one operand for its whole life, a quarter of them a warp, and goes through the other operand
@@ -70,6 +72,11 @@ struct AttentionSizes {
   int64_t B, H, Hkv, Lq, Lk, D;
   int64_t element_size = 2;
 };
+
+// float32 sums of dQ: whole tiles.
+inline int64_t query_sums(const AttentionSizes& s) { return s.B * s.H * ceil_div(s.Lq, kSumsRows) * kSumsRows * s.D; }
+// int32 of QueryTurns, where a kernel goes through `columns` queries at a time.
+inline int64_t query_turns(const AttentionSizes& s, int columns) { return 1 + s.B * s.H * ceil_div(s.Lq, columns); }
 
 enum class MaskKind { kFull, kCausal, kBits };
 
