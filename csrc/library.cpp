@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY(diffullama, m) {
   // the forward on sm_90a, D 64 and 128; fragments: fragment_mask(words, Lk, False)
   m.def(
       "attention_hopper(Tensor q, Tensor k, Tensor v, Tensor? words, Tensor? fragments, Tensor? tile_classes,"
-      " Tensor? key_padding, bool causal, float scale) -> (Tensor out, Tensor lse)");
+      " Tensor? key_padding, bool causal, float scale, bool deterministic) -> (Tensor out, Tensor lse)");
 
   // --- shifted cross-entropy: nll [B, L] of the masked tokens, 0 elsewhere; softcap 0 is none
   m.def(

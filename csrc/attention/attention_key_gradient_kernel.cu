@@ -68,28 +68,67 @@ struct QueryShare {
   __device__ static __forceinline__ int column() { return unknown(warp_of()) / kDown * kN; }
 };
 
-// acc = dS K for dS^T [kRows, kQueries] and K [kRows, D] in shared memory.
-template <int kRows, int kQueries, int D, class T, int kM, int kN>
-__device__ __forceinline__ void multiply_keys(float (&acc)[kM][kN][4], const T* ds_tile, const T* k_tile) {
+// Adds dS K, for dS^T [kRows, kQueries] and K [kRows, D] in shared memory, to the bands of a tile of sums from `band`
+// on, after wait().
+template <class T, int D, int kRows, int kQueries, class Wait>
+__device__ __forceinline__ void add_query_gradient(float* sums, int band, const T* ds_tile, const T* k_tile,
+                                                   Wait&& wait) {
   using Share = QueryShare<kQueries, D>;
-  const int band = Share::band(), column = Share::column();
+  constexpr int kM = Share::kM, kN = Share::kN;
+  const int first_band = Share::band(), first_column = Share::column();
+  float dq[kM][kN][4] = {};
 #pragma unroll
   for (int k = 0; k < kRows / 16; ++k) {
     uint32_t a[kM][4];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) load_left_transposed<kQueries>(a[m], ds_tile, band + m, k);
+    for (int m = 0; m < kM; ++m) load_left_transposed<kQueries>(a[m], ds_tile, first_band + m, k);
 #pragma unroll
     for (int n = 0; n < kN / 2; ++n) {
       uint32_t b[4];
-      load_right<D>(b, k_tile, k, column / 2 + n);
+      load_right<D>(b, k_tile, k, first_column / 2 + n);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        mma_m16n8k16<T>(acc[m][2 * n], a[m], {b[0], b[1]});
-        mma_m16n8k16<T>(acc[m][2 * n + 1], a[m], {b[2], b[3]});
+        mma_m16n8k16<T>(dq[m][2 * n], a[m], {b[0], b[1]});
+        mma_m16n8k16<T>(dq[m][2 * n + 1], a[m], {b[2], b[3]});
       }
     }
   }
+  wait();
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      add_fragment(sums_fragment(sums, band + first_band + m, first_column + n), dq[m][n]);
+    }
+  }
 }
+
+// The block's additions to one tile of queries, in turn where there are turns.
+template <class Visits>
+struct Turn {
+  QueryTurns turns;
+  int64_t query_tile;
+  int key_tile, number = 0;  // known to the first warp
+  Visits visits;
+
+  __device__ __forceinline__ Turn(int* turns, int64_t query_tile, int key_tile, Visits visits)
+      : turns{turns}, query_tile(query_tile), key_tile(key_tile), visits(visits) {}
+
+  __device__ __forceinline__ void wait() {
+    if (turns.counters == nullptr) return;
+    if (warp_of() == 0) {
+      number = QueryTurns::turn(key_tile, visits);
+      if (lane_of() == 0) turns.wait(query_tile, number);
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ void pass() const {
+    if (turns.counters == nullptr) return;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) turns.pass(query_tile, number);
+  }
+};
 
 struct BlockNumber {
   int value;
@@ -205,43 +244,23 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionBlocksPerSm)
     if constexpr (kHoldsTwo) issue(Item<kStages>{});
     issue(Item<kHoldsTwo ? kStages + 1 : 3>{});
     if constexpr (kDk) {
-      using Share = QueryShare<kExchange, D>;
+      const int query_tile = walk.at % query_tiles;
       const int64_t head = int64_t{b} * p.H + hkv * group + walk.at / query_tiles;
-      const int query_tile = walk.at % query_tiles, q0 = query_tile * kColumns;
-      const QueryTurns turns{p.turns};
-      int turn = 0;
+      const auto visits = [&](int i) {
+        return mask.tile<kColumns, kRows>(query_tile * kColumns, i * kRows) != TileClass::kNothing;
+      };
+      Turn turn(p.turns, head * query_tiles + query_tile, k0 / kRows, visits);
+      float* const sums = sums_tile<D>(p.query_sums, head, p.Lq, query_tile * kColumns);
+      const int band = query_tile * kColumns % kSumsRows / 16;
+      add_query_gradient<T, D, kRows, kExchange>(sums, band, ds_tile, k_tile, [&] { turn.wait(); });
 #pragma unroll
-      for (int part = 0; part < kColumns / kExchange; ++part) {
-        if (part > 0) {
-          __syncthreads();
-          store_score_gradients<T, kExchange / 16>(ds_tile, row0, ds, part * (kExchange / 16));
-          __syncthreads();
-        }
-        float dq[Share::kM][Share::kN][4] = {};
-        multiply_keys<kRows, kExchange, D>(dq, ds_tile, k_tile);
-        if (p.turns != nullptr && part == 0) {
-          if (warp_of() == 0) {
-            turn = QueryTurns::turn(
-                k0 / kRows, [&](int i) { return mask.tile<kColumns, kRows>(q0, i * kRows) != TileClass::kNothing; });
-            if (lane_of() == 0) turns.wait(head * query_tiles + query_tile, turn);
-          }
-          __syncthreads();
-        }
-        float* const tile = sums_tile<D>(p.query_sums, head, p.Lq, q0);
-        const int band = q0 % kSumsRows / 16 + part * (kExchange / 16) + Share::band();
-#pragma unroll
-        for (int n = 0; n < Share::kN; ++n) {
-#pragma unroll
-          for (int m = 0; m < Share::kM; ++m) {
-            add_fragment(sums_fragment(tile, band + m, Share::column() + n), dq[m][n]);
-          }
-        }
-      }
-      if (p.turns != nullptr) {
-        __threadfence();
+      for (int part = 1; part < kColumns / kExchange; ++part) {
         __syncthreads();
-        if (threadIdx.x == 0) turns.pass(head * query_tiles + query_tile, turn);
+        store_score_gradients<T, kExchange / 16>(ds_tile, row0, ds, part * (kExchange / 16));
+        __syncthreads();
+        add_query_gradient<T, D, kRows, kExchange>(sums, band + part * (kExchange / 16), ds_tile, k_tile, [] {});
       }
+      turn.pass();
     }
     ring.advance(2);
     parity ^= 1;
