@@ -97,7 +97,7 @@ def hopper_attentions(i: Inputs) -> Iterator[str]:
             mask, padding = AttentionMask.from_dense(i.bits(B, Lq, Lk)), i.bits(B, Lk)
             bits = (mask.words, mask.fragments(), mask.tile_classes(64, 64))
             for given, causal in ((bits, False), ((None, None, None), False), ((None, None, None), True)):
-                attention_hopper.attention(q, k, v, *given, padding, causal, 0.1)
+                attention_hopper.attention(q, k, v, *given, padding, causal, 0.1, False)
                 yield f"attention_hopper {B}x{H}x{Lq}x{Lk}x{D} {dtype}, {'bits' if given is bits else causal}"
 
 

@@ -30,17 +30,20 @@ class MaskTokens(nn.Module):
 
 
 class MaskedAttention(nn.Module):
-    """:func:`diffullama_ext.attention` with a fixed scale."""
+    """:func:`diffullama_ext.attention` with fixed options."""
 
-    def __init__(self, scale: float | None = None) -> None:
+    def __init__(self, scale: float | None = None, *, deterministic: bool | None = None) -> None:
         super().__init__()
         self.scale = scale
+        self.deterministic = deterministic
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None = None, key_padding: Tensor | None = None
     ) -> Tensor:
         """q [B, H, Lq, D], k and v [B, Hkv, Lk, D] -> [B, H, Lq, D]."""
-        out = functional.attention(q, k, v, mask, scale=self.scale, key_padding=key_padding)
+        out = functional.attention(
+            q, k, v, mask, scale=self.scale, key_padding=key_padding, deterministic=self.deterministic
+        )
         assert isinstance(out, Tensor)
         return out
 

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 from itertools import cycle
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from comparison import assert_no_worse_than_torch
@@ -98,9 +98,10 @@ def inputs_of(case: Case, device: str) -> Inputs:
     return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), upstream, mask, key_padding, allowed)
 
 
-def run(i: Inputs, scale: float | None = None, impl: str = "ext") -> list[Tensor]:
-    """[out, lse, dq, dk, dv]."""
-    out, lse = attention(i.q, i.k, i.v, i.mask, scale=scale, key_padding=i.key_padding, return_lse=True, impl=impl)
+def run(i: Inputs, scale: float | None = None, impl: str = "ext", deterministic: bool = True) -> list[Tensor]:
+    """[out, lse, dq, dk, dv]; the same bits every time."""
+    options: dict[str, Any] = {"scale": scale, "key_padding": i.key_padding, "deterministic": deterministic}
+    out, lse = attention(i.q, i.k, i.v, i.mask, **options, return_lse=True, impl=impl)
     return [out.detach(), lse, *torch.autograd.grad(out, (i.q, i.k, i.v), i.upstream)]
 
 

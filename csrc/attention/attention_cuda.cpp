@@ -11,7 +11,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                           std::optional<Tensor> words, std::optional<Tensor> tile_classes,
-                                          std::optional<Tensor> key_padding, bool causal, double scale) {
+                                          std::optional<Tensor> key_padding, bool causal, double scale, bool) {
   const AttentionInputs in{q, k, v, words, tile_classes, key_padding, causal, scale};
   check_attention(in);
   const DeviceGuard guard(q.get_device_index());
@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(const Tensor& dout, c
                                                            const Tensor& v, const Tensor& out, const Tensor& lse,
                                                            std::optional<Tensor> words,
                                                            std::optional<Tensor> tile_classes,
-                                                           std::optional<Tensor> key_padding, bool causal,
-                                                           double scale) {
+                                                           std::optional<Tensor> key_padding, bool causal, double scale,
+                                                           bool deterministic) {
   const AttentionInputs in{q, k, v, words, tile_classes, key_padding, causal, scale};
   check_attention_backward(in, dout, out, lse);
   const DeviceGuard guard(q.get_device_index());
@@ -59,6 +59,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(const Tensor& dout, c
   const auto empty = [&](const std::vector<int64_t>& shape) { return empty_like_device(q, shape, q.scalar_type()); };
   Tensor dq = empty(q_shape), dk = empty(k_shape), dv = empty(k_shape);
   Tensor statistics = empty_like_device(q, {s.B, s.H, s.Lq, 2}, ScalarType::Float);
+  const int D = static_cast<int>(s.D);
+  Tensor query_sums = zeros_like_device(q, {query_sums_size(s)}, ScalarType::Float);
+  std::optional<Tensor> turns;
+  if (deterministic) turns = zeros_like_device(q, {query_turns_size(s, key_gradient_tile(D).columns)}, ScalarType::Int);
   AttentionBackwardParams p{};
   set_inputs(p, s, in, mask);
   p.q = operand(q_rows);
@@ -68,10 +72,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(const Tensor& dout, c
   p.out = out_c.const_data_ptr();
   p.lse = lse_c.const_data_ptr<float>();
   p.statistics = reinterpret_cast<QueryStatistics*>(statistics.mutable_data_ptr<float>());
+  p.query_sums = query_sums.mutable_data_ptr<float>();
+  p.turns = turns ? turns->mutable_data_ptr<int32_t>() : nullptr;
   p.dq = dq.mutable_data_ptr();
   p.dk = dk.mutable_data_ptr();
   p.dv = dv.mutable_data_ptr();
-  const int D = static_cast<int>(s.D);
   check_launch("attention_query_statistics_kernel", launch_query_statistics(p, D, is_half(q), stream));
   check_launch("attention_key_gradient_kernel", launch_key_gradient(p, D, is_half(q), stream));
   check_launch("attention_query_gradient_kernel", launch_query_gradient(p, D, is_half(q), stream));

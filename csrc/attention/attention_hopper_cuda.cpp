@@ -27,7 +27,7 @@ Tensor as_map_operand(const Tensor& t) {
 std::tuple<Tensor, Tensor> attention_hopper_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                                  std::optional<Tensor> words, std::optional<Tensor> fragments,
                                                  std::optional<Tensor> tile_classes, std::optional<Tensor> key_padding,
-                                                 bool causal, double scale) {
+                                                 bool causal, double scale, bool) {
   const AttentionInputs in{q, k, v, words, tile_classes, key_padding, causal, scale};
   check_attention_hopper(in, fragments);
   const DeviceGuard guard(q.get_device_index());

@@ -46,6 +46,8 @@ struct AttentionBackwardParams {
   const void* out;              // [B, H, Lq, D] contiguous
   const float* lse;             // [B, H, Lq]
   QueryStatistics* statistics;  // [B, H, Lq] scratch
+  float* query_sums;            // query_sums_size() zeros (attention_query_sums.cuh)
+  int* turns;                   // query_turns_size() zeros: sums in the order of the key tiles; null: in any order
   void* dq;                     // [B, H, Lq, D]
   void* dk;                     // [B, Hkv, Lk, D]
   void* dv;
@@ -55,7 +57,7 @@ struct AttentionBackwardParams {
 cudaError_t launch_attention(const AttentionParams& p, int D, bool is_half, cudaStream_t stream);
 // In this order on one stream.
 cudaError_t launch_query_statistics(const AttentionBackwardParams& p, int D, bool is_half, cudaStream_t stream);
-cudaError_t launch_query_gradient(const AttentionBackwardParams& p, int D, bool is_half, cudaStream_t stream);
 cudaError_t launch_key_gradient(const AttentionBackwardParams& p, int D, bool is_half, cudaStream_t stream);
+cudaError_t launch_query_gradient(const AttentionBackwardParams& p, int D, bool is_half, cudaStream_t stream);
 
 }  // namespace diffullama

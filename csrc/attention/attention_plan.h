@@ -14,6 +14,8 @@ constexpr int kAttentionWarps = 4, kAttentionThreads = 32 * kAttentionWarps;
 constexpr int kAttentionBlocksPerSm = 2;  // what registers allow: 255 a thread
 constexpr int kClassTile = 64;            // queries and keys of an entry of tile_classes
 
+constexpr int kSumsRows = 64;  // queries of a tile of float32 sums of dQ (attention_query_sums.cuh)
+
 constexpr bool is_attention_width(int64_t D) { return D == 32 || D == 64 || D == 96 || D == 128 || D == 256; }
 
 // A block keeps `rows` of one operand for its whole life, a quarter of them a warp, and goes through the other operand
@@ -30,22 +32,16 @@ constexpr AttentionTile forward_tile(int D) {
   return D == 256 ? AttentionTile{64, 32, 3} : D >= 96 ? AttentionTile{128, 64, 3} : AttentionTile{128, 64, 4};
 }
 
-// Rows are queries. Kept: Q and dO. Ring: V and K in turn.
-constexpr AttentionTile query_gradient_tile(int D) {
-  return D == 256   ? AttentionTile{64, 32, 2}
-         : D == 128 ? AttentionTile{128, 32, 3}
-         : D == 96  ? AttentionTile{128, 32, 4}
-                    : AttentionTile{128, 64, 3};
-}
-
-// Rows are keys. Kept: K and V. Ring: dO and Q in turn. At D = 256 dK and dV together do not fit in registers: a launch
-// for each.
+// Rows are keys. Kept: K and V. Ring: dO and Q in turn. dS^T goes through shared memory to become dQ, as many queries
+// at a time as key_gradient_exchange says. At D = 256 dK and dV together do not fit in registers: a launch for each.
 constexpr AttentionTile key_gradient_tile(int D) {
-  return D == 256  ? AttentionTile{64, 32, 2}
-         : D >= 96 ? AttentionTile{64, 64, 3}
-         : D == 64 ? AttentionTile{128, 32, 4}
-                   : AttentionTile{128, 64, 4};
+  return D == 256   ? AttentionTile{64, 32, 2}
+         : D == 128 ? AttentionTile{64, 64, 2}
+         : D == 96  ? AttentionTile{64, 64, 3}
+         : D == 64  ? AttentionTile{128, 32, 4}
+                    : AttentionTile{128, 64, 4};
 }
+constexpr int key_gradient_exchange(int D) { return D == 256 ? 16 : key_gradient_tile(D).columns; }
 constexpr bool key_gradients_together(int D) { return D <= 128; }
 
 constexpr int64_t tile_bytes(int rows, int D) { return int64_t{2} * rows * D; }
@@ -55,21 +51,26 @@ constexpr int64_t forward_shared_bytes(int D) {
   return tile_bytes(tile.rows + tile.stages * tile.columns, D);
 }
 
-// Those of the backward hold statistics of queries besides (float2 each): of their own, or of two tiles.
-constexpr int64_t query_gradient_shared_bytes(int D) {
-  const AttentionTile tile = query_gradient_tile(D);
-  return tile_bytes(2 * tile.rows + tile.stages * tile.columns, D) + tile.rows * 8;
-}
-
+// Besides: statistics of two tiles of queries (float2 each), and dS^T.
 constexpr int64_t key_gradient_shared_bytes(int D) {
   const AttentionTile tile = key_gradient_tile(D);
-  return tile_bytes(2 * tile.rows + tile.stages * tile.columns, D) + 2 * tile.columns * 8;
+  return tile_bytes(2 * tile.rows + tile.stages * tile.columns, D) + 2 * tile.columns * 8 +
+         tile_bytes(tile.rows, key_gradient_exchange(D));
 }
 
 struct AttentionSizes {
   int64_t B, H, Hkv, Lq, Lk, D;
   int64_t element_size = 2;
 };
+
+// float32 sums of dQ: whole tiles.
+inline int64_t query_sums_size(const AttentionSizes& s) {
+  return s.B * s.H * ceil_div(s.Lq, kSumsRows) * kSumsRows * s.D;
+}
+// int32 of QueryTurns, where a kernel goes through `columns` queries at a time.
+inline int64_t query_turns_size(const AttentionSizes& s, int columns) {
+  return 1 + s.B * s.H * ceil_div(s.Lq, columns);
+}
 
 enum class MaskKind { kFull, kCausal, kBits };
 
@@ -93,9 +94,7 @@ inline std::string attention_kernel_name(const char* kernel, bool is_half, int64
 inline int64_t forward_grid(const AttentionSizes& s) {
   return s.B * s.H * ceil_div(s.Lq, forward_tile(static_cast<int>(s.D)).rows);
 }
-inline int64_t query_gradient_grid(const AttentionSizes& s) {
-  return s.B * s.H * ceil_div(s.Lq, query_gradient_tile(static_cast<int>(s.D)).rows);
-}
+inline int64_t query_gradient_grid(const AttentionSizes& s) { return s.B * s.H * ceil_div(s.Lq, kSumsRows); }
 inline int64_t key_gradient_grid(const AttentionSizes& s) {
   return s.B * s.Hkv * ceil_div(s.Lk, key_gradient_tile(static_cast<int>(s.D)).rows);
 }
@@ -111,7 +110,7 @@ inline KernelPlan plan_attention(const AttentionSizes& s, bool is_half, MaskKind
   return plan;
 }
 
-// The kernel that makes dK and dV: 4 of the 7 products that are executed, of the 5 that `flops` counts.
+// The kernel of all five products (at D = 256 the first of its two launches, of four).
 inline KernelPlan plan_attention_backward(const AttentionSizes& s, bool is_half, MaskKind kind, int64_t n_masks) {
   KernelPlan plan{
       attention_kernel_name("attention_key_gradient_kernel", is_half, s.D,

@@ -4,7 +4,7 @@
 // A tile is [rows, D]. Its 16-byte chunks are swizzled so that eight neighbouring rows of one chunk, which ldmatrix
 // reads together, lie in eight different groups of four banks, and copies of a row write no bank twice: rows of a
 // multiple of 128 bytes by the row's number modulo 8; rows of 64 or 192 bytes, which already start in two
-// alternating places, by half of it modulo 4.
+// alternating places, by half of it modulo 4; rows of 32 bytes by a quarter of it modulo 2.
 #pragma once
 
 #include <cstring>
@@ -30,8 +30,8 @@ __device__ __forceinline__ int unknown(int v) {
 template <int D>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
   constexpr int kChunks = D / 8;
-  static_assert(kChunks % 4 == 0, "a row is a multiple of 64 bytes");
-  const int key = kChunks % 8 == 0 ? row % 8 : row / 2 % 4;
+  static_assert(kChunks % 4 == 0 || kChunks == 2, "a row is 32 bytes or a multiple of 64");
+  const int key = kChunks % 8 == 0 ? row % 8 : kChunks == 2 ? row / 4 % 2 : row / 2 % 4;
   return (row * kChunks + (chunk ^ key)) * 8;
 }
 
@@ -154,6 +154,15 @@ struct Ring {
     place = place + 1 == kStages ? 0 : place + 1;
     return tile;
   }
+  // The n-th tile from the next one on, where tiles are used in steps of several.
+  __device__ __forceinline__ T* ahead(int n) const {
+    const int i = place + n % kStages;
+    return at(i < kStages ? i : i - kStages);
+  }
+  __device__ __forceinline__ void advance(int n) {
+    n %= kStages;
+    if (n != 0) place = place + n < kStages ? place + n : place + n - kStages;
+  }
 };
 
 // --- fragments
@@ -162,6 +171,12 @@ struct Ring {
 template <int D, class T>
 __device__ __forceinline__ void load_left(uint32_t (&a)[4], const T* tile, int row0, int k) {
   ldmatrix<4>(a, tile + swizzled<D>(row0 + lane_of() % 16, 2 * k + lane_of() / 16));
+}
+
+// Columns [16 m, 16 m + 16), rows [16 k, 16 k + 16) as the left operand: that of the transpose.
+template <int D, class T>
+__device__ __forceinline__ void load_left_transposed(uint32_t (&a)[4], const T* tile, int m, int k) {
+  ldmatrix<4, true>(a, tile + swizzled<D>(16 * k + lane_of() % 8 + lane_of() / 16 * 8, 2 * m + lane_of() / 8 % 2));
 }
 
 // Rows [row0, row0 + 16), columns [16 k, 16 k + 16), transposed, as two right operands: b[0..1] and b[2..3] of 8 rows.

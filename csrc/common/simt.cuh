@@ -159,6 +159,32 @@ __device__ __forceinline__ void store_release(T* address, T value) {
 #endif
 }
 
+// --- sums in global memory
+
+// *to += value as one step of memory, and nothing is returned. Additions of several threads to one float round in
+// whatever order they arrive.
+__device__ __forceinline__ void reduce_add(float* to, float value) {
+#if defined(DIFFULLAMA_SIMULATED)
+  simulator::reduce_add(to, value);
+#else
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(value) : "memory");
+#endif
+}
+
+// The same of four floats, each by itself; `to` is aligned to 16 bytes. One instruction from sm_90 on.
+__device__ __forceinline__ void reduce_add(float* to, float4 value) {
+#if !defined(DIFFULLAMA_SIMULATED) && __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
+#else
+  reduce_add(to, value.x);
+  reduce_add(to + 1, value.y);
+  reduce_add(to + 2, value.z);
+  reduce_add(to + 3, value.w);
+#endif
+}
+
 // --- arithmetic
 
 // 2^v by the hardware's approximation (relative error 2^-22); denormal results are 0.

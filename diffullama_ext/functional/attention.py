@@ -21,6 +21,7 @@ def attention(
     scale: float | None = None,
     key_padding: Tensor | None = None,
     return_lse: bool = False,
+    deterministic: bool | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention under a mask, with GQA; a query that may attend to nothing gives zeros and zero gradients.
@@ -31,7 +32,12 @@ def attention(
         scale: of the scores; None means 1/sqrt(D).
         key_padding: [B, Lk] bool, True for real keys.
         return_lse: also return the logsumexp of the scores [B, H, Lq] (-inf where nothing is allowed; no gradient).
+        deterministic: on CUDA, whether the gradient of q is summed in one order, so that repeated runs agree bit for bit;
+            slower. None means ``torch.are_deterministic_algorithms_enabled()``.
         impl: "auto", "ext" or "reference".
+
+    By default the gradient of q varies in the last bits between runs on CUDA; the output, its logsumexp and the
+    gradients of k and v never do, nor does anything on the CPU.
 
     On CUDA the kernel takes float16 and bfloat16 with D in 32, 64, 96, 128, 256, in memory O(B H L D); anything else
     runs through the reference, with a dense mask. ``DIFFULLAMA_ATTENTION`` (portable, hopper, reference) forces a path.
@@ -59,6 +65,8 @@ def attention(
     if key_padding is not None:
         check_tensor("key_padding", key_padding, torch.bool, (batch, k_length), q.device)
     scale = 1.0 / math.sqrt(width) if scale is None else scale
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     kind = "full" if mask is None else mask.kind
     path = ops.attention.path(q) if use_kernel("attention", q.device, impl) else "reference"
     if path == "reference":
@@ -72,9 +80,8 @@ def attention(
                 classes = mask.tile_classes(ops.attention.CLASS_TILE, ops.attention.CLASS_TILE)
             if path == "hopper":
                 fragments = mask.fragments()
-        out, lse = ops.attention.attention(
-            q, k, v, words, classes, key_padding, kind == "causal", scale, fragments, hopper=path == "hopper"
-        )
+        options = (words, classes, key_padding, kind == "causal", scale, fragments)
+        out, lse = ops.attention.attention(q, k, v, *options, hopper=path == "hopper", deterministic=deterministic)
     return (out, lse.detach()) if return_lse else out
 
 
@@ -88,11 +95,12 @@ def annealed_attention(
     step: int | Tensor = 0,
     scale: float | None = None,
     key_padding: Tensor | None = None,
+    deterministic: bool | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """:func:`attention` under ``AttentionMask.annealed`` of q's length; the layers of a step share (seed, step)."""
     check_tensor("q", q, FLOATS, ("B", "H", "L", "D"))
     mask = AttentionMask.annealed(q.shape[2], attn_mask_ratio, seed=seed, step=step, device=q.device)
-    out = attention(q, k, v, mask, scale=scale, key_padding=key_padding, impl=impl)
+    out = attention(q, k, v, mask, scale=scale, key_padding=key_padding, deterministic=deterministic, impl=impl)
     assert isinstance(out, Tensor)
     return out

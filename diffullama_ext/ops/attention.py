@@ -31,6 +31,7 @@ def _(
     key_padding: Tensor | None,
     causal: bool,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
@@ -48,6 +49,7 @@ def _(
     key_padding: Tensor | None,
     causal: bool,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -95,6 +97,7 @@ def _attention_cpu(
     key_padding: Tensor | None,
     causal: bool,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -122,6 +125,7 @@ def _attention_backward_cpu(
     key_padding: Tensor | None,
     causal: bool,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -148,7 +152,7 @@ if not _SIMULATED:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, words, tile_classes, key_padding, ctx.causal, ctx.scale = inputs
+    q, k, v, words, tile_classes, key_padding, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, words, tile_classes, key_padding)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -156,9 +160,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 8
-    grads = torch.ops.diffullama.attention_backward.default(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
-    return (*grads, None, None, None, None, None)
+        return (None,) * 9
+    grads = torch.ops.diffullama.attention_backward.default(dout, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *(None,) * 6)
 
 
 torch.library.register_autograd("diffullama::attention", _backward, setup_context=_save)
@@ -212,14 +216,16 @@ def attention(
     fragments: Tensor | None = None,
     *,
     hopper: bool = False,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, H, Lq, D], lse [B, H, Lq]); differentiable in q, k and v through out.
 
     tile_classes: of the words in tiles of CLASS_TILE x CLASS_TILE, which only csrc/attention reads; fragments: of the
-    words, for "hopper" only.
+    words, for "hopper" only. deterministic: see functional.attention; on the CPU everything is.
     """
     if scale < 0:
         q, scale = -q, -scale  # the kernels take the maximum of unscaled scores
+    options = (causal, scale, deterministic)
     if hopper:
-        return attention_hopper.attention(q, k, v, words, fragments, tile_classes, key_padding, causal, scale)
-    return torch.ops.diffullama.attention.default(q, k, v, words, tile_classes, key_padding, causal, scale)
+        return attention_hopper.attention(q, k, v, words, fragments, tile_classes, key_padding, *options)
+    return torch.ops.diffullama.attention.default(q, k, v, words, tile_classes, key_padding, *options)

@@ -23,12 +23,13 @@ def _(
     key_padding: Tensor | None,
     causal: bool,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, words, _fragments, tile_classes, key_padding, ctx.causal, ctx.scale = inputs
+    q, k, v, words, _fragments, tile_classes, key_padding, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, words, tile_classes, key_padding)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -36,9 +37,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 9
-    grads = torch.ops.diffullama.attention_backward.default(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
-    return (*grads, None, None, None, None, None, None)
+        return (None,) * 10
+    grads = torch.ops.diffullama.attention_backward.default(dout, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *(None,) * 7)
 
 
 torch.library.register_autograd(_OP, _backward, setup_context=_save)
@@ -63,11 +64,12 @@ def attention(
     key_padding: Tensor | None,
     causal: bool,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, H, Lq, D], lse [B, H, Lq]); differentiable in q, k and v through out. Scale at least 0.
 
     fragments: fragment_mask of the words, with them or not at all.
     """
     return torch.ops.diffullama.attention_hopper.default(
-        q, k, v, words, fragments, tile_classes, key_padding, causal, scale
+        q, k, v, words, fragments, tile_classes, key_padding, causal, scale, deterministic
     )

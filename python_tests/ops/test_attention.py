@@ -294,7 +294,7 @@ def test_opcheck(device: str, name: str) -> None:
     words = classes = None
     if mask is not None and mask.kind == "bits":
         words, classes = mask.words, mask.tile_classes(CLASS_TILE, CLASS_TILE)
-    options: tuple[Any, ...] = (words, classes, key_padding, name == "causal", 0.25)
+    options: tuple[Any, ...] = (words, classes, key_padding, name == "causal", 0.25, name == "one")
     torch.library.opcheck(torch.ops.diffullama.attention.default, (*inputs, *options))
     with torch.no_grad():
         out, lse = torch.ops.diffullama.attention.default(*inputs, *options)

@@ -68,9 +68,9 @@ def test_bits_equal_what_they_stand_for(device: str, width: int) -> None:
     for causal, dense in ((False, ones), (True, ones.tril())):
         mask = AttentionMask.from_dense(dense)
         words, fragments = mask.words, mask.fragments()
-        plain = OP(q, k, v, None, None, None, None, causal, 0.1)
-        assert_all_equal(OP(q, k, v, words, fragments, mask.tile_classes(64, 64), None, False, 0.1), plain)
-        assert_all_equal(OP(q, k, v, words, fragments, None, None, False, 0.1), plain)
+        plain = OP(q, k, v, None, None, None, None, causal, 0.1, False)
+        assert_all_equal(OP(q, k, v, words, fragments, mask.tile_classes(64, 64), None, False, 0.1, False), plain)
+        assert_all_equal(OP(q, k, v, words, fragments, None, None, False, 0.1, False), plain)
 
 
 def test_rows_with_nothing_allowed(device: str) -> None:
@@ -117,7 +117,7 @@ def test_empty(device: str, shape: tuple[int, int, int]) -> None:
 def test_opcheck(device: str) -> None:
     i = inputs_of(Case(20, 20, 64, BF16, (2, 1), "bits", "left"), device)
     assert i.mask is not None
-    options = (i.mask.words, i.mask.fragments(), i.mask.tile_classes(64, 64), i.key_padding, False, 0.25)
+    options = (i.mask.words, i.mask.fragments(), i.mask.tile_classes(64, 64), i.key_padding, False, 0.25, True)
     torch.library.opcheck(OP, (*i[:3], *options))
 
 
@@ -147,4 +147,4 @@ def test_the_op_itself_rejects(device: str, change: dict[str, tuple], message: s
     given = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, *shape) in shapes.items()}
     arguments = dict.fromkeys(("words", "fragments", "tile_classes", "key_padding")) | given
     with pytest.raises(ValueError, match=message):
-        OP(**arguments, causal=False, scale=1.0)
+        OP(**arguments, causal=False, scale=1.0, deterministic=False)

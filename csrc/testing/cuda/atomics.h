@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Integer atomics. Fibers share one operating-system thread, so a load and a store are atomic together; another thread
-// may run before them.
+// Integer atomics, and the one sum of floats (common/simt.cuh). Fibers share one operating-system thread, so a load and
+// a store are atomic together; another thread may run before them.
 #pragma once
 
 #include <type_traits>
@@ -15,6 +15,15 @@ T atomic(T* address, F&& next) {
   const T old = __atomic_load_n(address, __ATOMIC_ACQUIRE);
   __atomic_store_n(address, next(old), __ATOMIC_RELEASE);
   return old;
+}
+
+// Orders nothing else: not the memory of threads that add to the same float.
+inline void reduce_add(float* to, float value) {
+  scheduling_point();
+  float sum;
+  __atomic_load(to, &sum, __ATOMIC_RELAXED);
+  sum += value;
+  __atomic_store(to, &sum, __ATOMIC_RELAXED);
 }
 
 // Wraps around like the device does.
