@@ -32,10 +32,16 @@ STABLE_TORCH_LIBRARY(diffullama, m) {
       " Tensor? tile_classes, Tensor? key_padding, bool causal, float scale, bool deterministic)"
       " -> (Tensor dq, Tensor dk, Tensor dv)");
 
-  // the forward on sm_90a, D 64 and 128; fragments: fragment_mask(words, Lk, False)
+  // the same on sm_90a, D 64 and 128; fragments: fragment_mask(words, Lk, False); transposed_fragments: the same with
+  // True, for the backward, which makes them where the forward was not given any
   m.def(
       "attention_hopper(Tensor q, Tensor k, Tensor v, Tensor? words, Tensor? fragments, Tensor? tile_classes,"
-      " Tensor? key_padding, bool causal, float scale, bool deterministic) -> (Tensor out, Tensor lse)");
+      " Tensor? key_padding, bool causal, float scale, bool deterministic, Tensor? transposed_fragments=None)"
+      " -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_hopper_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? words,"
+      " Tensor? transposed_fragments, Tensor? tile_classes, Tensor? key_padding, bool causal, float scale,"
+      " bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
 
   // --- shifted cross-entropy: nll [B, L] of the masked tokens, 0 elsewhere; softcap 0 is none
   m.def(

@@ -72,6 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(const Tensor& dout, c
   p.out = out_c.const_data_ptr();
   p.lse = lse_c.const_data_ptr<float>();
   p.statistics = reinterpret_cast<QueryStatistics*>(statistics.mutable_data_ptr<float>());
+  p.statistics_rows = p.Lq;
   p.query_sums = query_sums.mutable_data_ptr<float>();
   p.turns = turns ? turns->mutable_data_ptr<int32_t>() : nullptr;
   p.dq = dq.mutable_data_ptr();

@@ -72,6 +72,7 @@ struct Producer {
     if (lane_of() == 0) {
       pipeline.item[at.stage] = {QueryItem::kEnd, 0, 0, 0};
       mbarrier_arrive(pipeline.q_full[at.stage]);
+      mbarrier_arrive(pipeline.dout_full[at.stage]);  // its parity goes with q_full's
     }
     at.advance();
   }
@@ -312,7 +313,7 @@ cudaError_t launch_backward(const AttentionBackwardParams& p, const HopperBackwa
   h.Lk = p.Lk;
   h.scale = p.scale;
   h.statistics = p.statistics;
-  h.sums = buffers.sums;
+  h.sums = p.query_sums;
   h.turns = {buffers.counters};
   h.deterministic = buffers.deterministic;
   h.dk = p.dk;

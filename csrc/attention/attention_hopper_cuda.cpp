@@ -8,13 +8,24 @@
 namespace diffullama {
 namespace {
 
-void check_attention_hopper(const AttentionInputs& in, const std::optional<Tensor>& fragments) {
-  check_attention(in);
+void check_hopper_width(const AttentionInputs& in) {
   check(is_hopper_attention_width(in.q.size(3)), "the head size must be 64 or 128, got ", in.q.size(3));
-  check(in.words.has_value() == fragments.has_value(), "words and fragments come together");
+}
+
+// Of the mask [rows, columns] or its transpose.
+void check_fragments(const char* name, const AttentionInputs& in, const std::optional<Tensor>& fragments, int64_t rows,
+                     int64_t columns) {
+  check(in.words.has_value() == fragments.has_value(), "words and ", name, " come together");
   if (!fragments) return;
-  check_tensor("fragments", *fragments, ScalarType::Int,
-               {in.words->size(0), ceil_div(in.q.size(2), 64), ceil_div(in.k.size(2), kHopperColumns), 128, 2}, &in.q);
+  check_tensor(name, *fragments, ScalarType::Int,
+               {in.words->size(0), ceil_div(rows, 64), ceil_div(columns, kHopperColumns), 128, 2}, &in.q);
+}
+
+// `fragments` is contiguous.
+MaskFragments mask_fragments(const std::optional<Tensor>& fragments) {
+  if (!fragments) return {};
+  return {reinterpret_cast<const uint32_t*>(fragments->const_data_ptr<int32_t>()),
+          fragments->size(0) > 1 ? fragments->numel() / fragments->size(0) : 0};
 }
 
 // As a tensor map takes it: strides of 0 (expanded dimensions) are copied too.
@@ -27,9 +38,11 @@ Tensor as_map_operand(const Tensor& t) {
 std::tuple<Tensor, Tensor> attention_hopper_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                                  std::optional<Tensor> words, std::optional<Tensor> fragments,
                                                  std::optional<Tensor> tile_classes, std::optional<Tensor> key_padding,
-                                                 bool causal, double scale, bool) {
+                                                 bool causal, double scale, bool, std::optional<Tensor>) {
   const AttentionInputs in{q, k, v, words, tile_classes, key_padding, causal, scale};
-  check_attention_hopper(in, fragments);
+  check_attention(in);
+  check_hopper_width(in);
+  check_fragments("fragments", in, fragments, q.size(2), k.size(2));
   const DeviceGuard guard(q.get_device_index());
   const AttentionSizes s = sizes_of(in);
   if (s.B * s.H * s.Lq * s.Lk == 0) {
@@ -41,11 +54,6 @@ std::tuple<Tensor, Tensor> attention_hopper_cuda(const Tensor& q, const Tensor& 
   const Tensor q_rows = as_map_operand(q), k_rows = as_map_operand(k), v_rows = as_map_operand(v);
   const MaskTensors mask(in, stream);
   const std::optional<Tensor> fragments_c = as_contiguous(fragments);
-  MaskFragments mask_fragments{};
-  if (fragments_c) {
-    mask_fragments.data = reinterpret_cast<const uint32_t*>(fragments_c->const_data_ptr<int32_t>());
-    mask_fragments.batch = fragments_c->size(0) > 1 ? fragments_c->numel() / fragments_c->size(0) : 0;
-  }
   Tensor out = empty_like_device(q, {s.B, s.H, s.Lq, s.D}, q.scalar_type());
   Tensor lse = empty_like_device(q, {s.B, s.H, s.Lq}, ScalarType::Float);
   AttentionParams p{};
@@ -56,8 +64,57 @@ std::tuple<Tensor, Tensor> attention_hopper_cuda(const Tensor& q, const Tensor& 
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
   check_launch("attention_hopper_forward_kernel",
-               launch_attention_hopper(p, mask_fragments, static_cast<int>(s.D), is_half(q), stream));
+               launch_attention_hopper(p, mask_fragments(fragments_c), static_cast<int>(s.D), is_half(q), stream));
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_hopper_backward_cuda(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+    std::optional<Tensor> words, std::optional<Tensor> transposed_fragments, std::optional<Tensor> tile_classes,
+    std::optional<Tensor> key_padding, bool causal, double scale, bool deterministic) {
+  const AttentionInputs in{q, k, v, words, tile_classes, key_padding, causal, scale};
+  check_attention_backward(in, dout, out, lse);
+  check_hopper_width(in);
+  check_fragments("transposed_fragments", in, transposed_fragments, k.size(2), q.size(2));
+  const DeviceGuard guard(q.get_device_index());
+  const AttentionSizes s = sizes_of(in);
+  const std::vector<int64_t> q_shape{s.B, s.H, s.Lq, s.D}, k_shape{s.B, s.Hkv, s.Lk, s.D};
+  if (s.B * s.H * s.Lq * s.Lk == 0) {
+    const auto zeros = [&](const std::vector<int64_t>& shape) { return zeros_like_device(q, shape, q.scalar_type()); };
+    return {zeros(q_shape), zeros(k_shape), zeros(k_shape)};
+  }
+  const cudaStream_t stream = current_stream(q);
+  const Tensor q_rows = as_map_operand(q), k_rows = as_map_operand(k), v_rows = as_map_operand(v);
+  const Tensor dout_rows = as_map_operand(dout), out_c = as_contiguous(out), lse_c = as_contiguous(lse);
+  const MaskTensors mask(in, stream);
+  const std::optional<Tensor> fragments = as_contiguous(transposed_fragments);
+  const auto empty = [&](const std::vector<int64_t>& shape) { return empty_like_device(q, shape, q.scalar_type()); };
+  Tensor dq = empty(q_shape), dk = empty(k_shape), dv = empty(k_shape);
+  const int64_t statistics_rows = hopper_backward_queries(s);
+  Tensor statistics = empty_like_device(q, {s.B, s.H, statistics_rows, 2}, ScalarType::Float);
+  Tensor query_sums = zeros_like_device(q, {query_sums_size(s)}, ScalarType::Float);
+  Tensor counters = zeros_like_device(q, {hopper_backward_counters(s)}, ScalarType::Int);
+  AttentionBackwardParams p{};
+  set_inputs(p, s, in, mask);
+  p.q = operand(q_rows);
+  p.k = operand(k_rows);
+  p.v = operand(v_rows);
+  p.dout = operand(dout_rows);
+  p.out = out_c.const_data_ptr();
+  p.lse = lse_c.const_data_ptr<float>();
+  p.statistics = reinterpret_cast<QueryStatistics*>(statistics.mutable_data_ptr<float>());
+  p.statistics_rows = static_cast<int>(statistics_rows);
+  p.query_sums = query_sums.mutable_data_ptr<float>();
+  p.dq = dq.mutable_data_ptr();
+  p.dk = dk.mutable_data_ptr();
+  p.dv = dv.mutable_data_ptr();
+  const HopperBackwardBuffers buffers{mask_fragments(fragments), counters.mutable_data_ptr<int32_t>(), deterministic};
+  const int D = static_cast<int>(s.D);
+  check_launch("attention_query_statistics_kernel", launch_query_statistics(p, D, is_half(q), stream));
+  check_launch("attention_hopper_backward_kernel",
+               launch_attention_hopper_backward(p, buffers, D, is_half(q), stream));
+  check_launch("attention_query_gradient_kernel", launch_query_gradient(p, D, is_half(q), stream));
+  return {dq, dk, dv};
 }
 
 }  // namespace
@@ -65,4 +122,5 @@ std::tuple<Tensor, Tensor> attention_hopper_cuda(const Tensor& q, const Tensor& 
 
 STABLE_TORCH_LIBRARY_IMPL(diffullama, DIFFULLAMA_CUDA_KEY, m) {
   m.impl("attention_hopper", TORCH_BOX(&diffullama::attention_hopper_cuda));
+  m.impl("attention_hopper_backward", TORCH_BOX(&diffullama::attention_hopper_backward_cuda));
 }

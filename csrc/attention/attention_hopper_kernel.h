@@ -18,12 +18,11 @@ cudaError_t launch_attention_hopper(const AttentionParams& p, const MaskFragment
 // What the backward takes besides.
 struct HopperBackwardBuffers {
   MaskFragments fragments;  // of the transpose
-  float* sums;              // of dQ (attention_query_sums.cuh), zeros
   int* counters;            // [hopper_backward_counters], zeros
   bool deterministic;
 };
 
-// dK, dV and the sums of dQ, from statistics of hopper_backward_queries a head.
+// dK, dV and the sums of dQ; statistics of hopper_backward_queries a head.
 cudaError_t launch_attention_hopper_backward(const AttentionBackwardParams& p, const HopperBackwardBuffers& buffers,
                                              int D, bool is_half, cudaStream_t stream);
 

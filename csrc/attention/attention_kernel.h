@@ -45,7 +45,8 @@ struct AttentionBackwardParams {
   float scale;
   const void* out;              // [B, H, Lq, D] contiguous
   const float* lse;             // [B, H, Lq]
-  QueryStatistics* statistics;  // [B, H, Lq] scratch
+  QueryStatistics* statistics;  // [B, H, statistics_rows] scratch
+  int statistics_rows;          // Lq or more; {+inf, 0} where there is no query
   float* query_sums;            // query_sums_size() zeros (attention_query_sums.cuh)
   int* turns;                   // query_turns_size() zeros: sums in the order of the key tiles; null: in any order
   void* dq;                     // [B, H, Lq, D]

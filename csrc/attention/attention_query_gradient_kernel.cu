@@ -29,9 +29,10 @@ template <class T, int D>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_query_statistics_kernel(const __grid_constant__ AttentionBackwardParams p) {
   const int64_t thread = int64_t{blockIdx.x} * kAttentionThreads + threadIdx.x;
-  const int64_t query = thread / kStatisticsLanes, n_queries = int64_t{p.B} * p.H * p.Lq;
-  const bool exists = query < n_queries;
-  const int64_t head = exists ? query / p.Lq : 0, row = exists ? query % p.Lq : 0;
+  const int64_t slot = thread / kStatisticsLanes, n_slots = int64_t{p.B} * p.H * p.statistics_rows;
+  const int64_t head = slot < n_slots ? slot / p.statistics_rows : 0;
+  const bool exists = slot < n_slots && slot % p.statistics_rows < p.Lq;
+  const int64_t row = exists ? slot % p.statistics_rows : 0;
   const T* const dout =
       row_of<T>(p.dout, static_cast<int>(head / p.H), static_cast<int>(head % p.H), static_cast<int>(row));
   const T* const out = static_cast<const T*>(p.out) + (head * p.Lq + row) * D;
@@ -43,9 +44,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
   }
 #pragma unroll
   for (int offset = kStatisticsLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-  if (exists && thread % kStatisticsLanes == 0) {
-    const float lse = p.lse[query];
-    p.statistics[query] = make_float2(lse == -INFINITY ? INFINITY : lse * kLog2e, sum);
+  if (slot < n_slots && thread % kStatisticsLanes == 0) {
+    const float lse = exists ? p.lse[head * p.Lq + row] : -INFINITY;
+    p.statistics[slot] = make_float2(lse == -INFINITY ? INFINITY : lse * kLog2e, exists ? sum : 0.0f);
   }
 }
 
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 
 template <class T, int D>
 cudaError_t launch_statistics(const AttentionBackwardParams& p, cudaStream_t stream) {
-  const int64_t grid = ceil_div(int64_t{p.B} * p.H * p.Lq * kStatisticsLanes, kAttentionThreads);
+  const int64_t grid = ceil_div(int64_t{p.B} * p.H * p.statistics_rows * kStatisticsLanes, kAttentionThreads);
   return launch(attention_query_statistics_kernel<T, D>, dim3(static_cast<unsigned>(grid)), dim3(kAttentionThreads), 0,
                 stream, p);
 }

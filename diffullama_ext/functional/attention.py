@@ -73,14 +73,16 @@ def attention(
         allowed = None if mask is None or kind == "full" else mask.to_dense()
         out, lse = reference.attention.attention(q, k, v, allowed, key_padding, scale)
     else:
-        words = classes = fragments = None
+        words = classes = fragments = transposed = None
         if mask is not None and kind == "bits":
             words = mask.words
             if path != "torch":
                 classes = mask.tile_classes(ops.attention.CLASS_TILE, ops.attention.CLASS_TILE)
             if path == "hopper":
                 fragments = mask.fragments()
-        options = (words, classes, key_padding, kind == "causal", scale, fragments)
+                if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+                    transposed = mask.fragments(transpose=True)
+        options = (words, classes, key_padding, kind == "causal", scale, fragments, transposed)
         out, lse = ops.attention.attention(q, k, v, *options, hopper=path == "hopper", deterministic=deterministic)
     return (out, lse.detach()) if return_lse else out
 

@@ -214,6 +214,7 @@ def attention(
     causal: bool,
     scale: float,
     fragments: Tensor | None = None,
+    transposed_fragments: Tensor | None = None,
     *,
     hopper: bool = False,
     deterministic: bool = False,
@@ -221,11 +222,11 @@ def attention(
     """(out [B, H, Lq, D], lse [B, H, Lq]); differentiable in q, k and v through out.
 
     tile_classes: of the words in tiles of CLASS_TILE x CLASS_TILE, which only csrc/attention reads; fragments: of the
-    words, for "hopper" only. deterministic: see functional.attention; on the CPU everything is.
+    words, and of their transpose for a backward, for "hopper" only. deterministic: see functional.attention; on the CPU everything is.
     """
     if scale < 0:
         q, scale = -q, -scale  # the kernels take the maximum of unscaled scores
     options = (causal, scale, deterministic)
     if hopper:
-        return attention_hopper.attention(q, k, v, words, fragments, tile_classes, key_padding, *options)
+        return attention_hopper.attention(q, k, v, words, fragments, tile_classes, key_padding, *options, transposed_fragments)
     return torch.ops.diffullama.attention.default(q, k, v, words, tile_classes, key_padding, *options)

@@ -18,6 +18,7 @@ OPS = {
     "attention",
     "attention_backward",
     "attention_hopper",
+    "attention_hopper_backward",
     "shifted_cross_entropy",
     "shifted_cross_entropy_backward",
     "linear_shifted_nll",
