@@ -19,7 +19,6 @@ struct HopperBackwardParams {
   const QueryStatistics* statistics;  // [B, H, whole tiles of queries]
   float* sums;
   QueryTurns turns;
-  bool deterministic;
   void *dk, *dv;
 };
 
@@ -29,7 +28,7 @@ struct QueryItem {
 
   int tile, head;    // the head of all B * H
   uint32_t classes;  // two bits a consumer: TileClass of its keys
-  int turn;          // at adding to the sums, where runs must agree bit for bit
+  int turn;          // at adding to the sums, in the kernel that is deterministic
 
   __device__ TileClass of(int group) const { return static_cast<TileClass>(classes >> 2 * group & 3u); }
 };
@@ -93,7 +92,7 @@ struct BackwardProducts {
   static constexpr int kRow = kPanel * 2, kQueryPanel = kQueries * kRow, kKeyPanel = kHopperKeys * kRow;
   static constexpr int kStage = Tiles::kPanels * kQueryPanel;
 
-  uint64_t k, v, q, dout;            // as products over D
+  uint64_t k, v, q, dout;             // as products over D
   uint64_t queries, douts, ds, keys;  // as products over queries, and over keys
 
   __device__ BackwardProducts(const Tiles& tiles, int group)

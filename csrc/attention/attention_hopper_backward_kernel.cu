@@ -21,7 +21,7 @@ namespace {
 
 // --- producer, one warp
 
-template <class T, int D>
+template <class T, int D, bool kDeterministic>
 struct Producer {
   using Tiles = BackwardTiles<T, D>;
   static constexpr int kQueries = Tiles::kQueries, kStages = Tiles::kTile.stages;
@@ -61,7 +61,7 @@ struct Producer {
       QueryItem item{i % n_tiles, keys.b * p.H + keys.kv_head * group + i / n_tiles, 0, 0};
       item.classes = classes(mask, keys.tile, item.tile);
       if (item.classes == 0) continue;
-      if (p.deterministic) {
+      if constexpr (kDeterministic) {
         item.turn = QueryTurns::turn(keys.tile, [&](int tile) { return classes(mask, tile, item.tile) != 0; });
       }
       mbarrier_wait(pipeline.empty[at.stage], at.parity ^ 1);
@@ -140,44 +140,48 @@ __device__ __forceinline__ void pack_half(uint32_t (&a)[4][4], const float (&d)[
 // What pack_half made to rows of a panel, swizzled as wgmma reads it; no two lanes meet a bank.
 template <class T>
 __device__ __forceinline__ void store_half(T (&panel)[kHopperKeys][kPanel], const uint32_t (&a)[4][4], int group) {
-  const int row = 64 * group + fragment_row(threadIdx.x % kWarpgroup), chunk = lane_of() / 4, pair = lane_of() % 4;
+  const int row = 64 * group + fragment_row(threadIdx.x % kWarpgroup);
+  const int place = row * kPanel + row % 8 * 8 + lane_of() % 4 * 2;  // of chunk 0
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      T* const to = &panel[row + i % 2 * 8][((2 * k + i / 2) ^ chunk) * 8 + 2 * pair];
+      T* const to = &panel[0][0] + (place ^ (2 * k + i / 2) * 8) + i % 2 * 8 * kPanel;
       *reinterpret_cast<uint32_t*>(to) = a[k][i];
     }
   }
 }
 
 // Adds a consumer's part of dQ to the sums, a warp 16 queries.
-template <int D>
+template <int D, bool kDeterministic>
 __device__ __forceinline__ void add_to_sums(const HopperBackwardParams& p, const QueryItem& item, int group,
                                             const float (&dq)[8][4]) {
   constexpr int kQueries = hopper_backward_tile(D).queries;
   const int q0 = item.tile * kQueries + (D == 64 ? 64 * group : 0), first_column = D == 64 ? 0 : 8 * group;
   if (q0 >= p.Lq) return;
   const int warp = static_cast<int>(threadIdx.x) % kWarpgroup / kWarp;
-  const int64_t n_tiles = (p.Lq + kQueries - 1) / kQueries;
-  const int64_t turn_of = (item.head * n_tiles + item.tile) * 8 + 4 * group + warp;
-  if (p.deterministic) {
-    if (lane_of() == 0) p.turns.wait(turn_of, item.turn);
+  [[maybe_unused]] const auto turn_of = [&] {
+    const int64_t n_tiles = (p.Lq + kQueries - 1) / kQueries;
+    return (item.head * n_tiles + item.tile) * 8 + 4 * group + warp;
+  };
+  if constexpr (kDeterministic) {
+    if (lane_of() == 0) p.turns.wait(turn_of(), item.turn);
     __syncwarp();
   }
-  float* const tile = sums_tile<D>(p.sums, item.head, p.Lq, q0);
+  float* const first = sums_fragment(sums_tile<D>(p.sums, item.head, p.Lq, q0), warp, first_column);
 #pragma unroll
-  for (int n = 0; n < 8; ++n) add_fragment(sums_fragment(tile, warp, first_column + n), dq[n]);
-  if (p.deterministic) {
+  for (int n = 0; n < 8; ++n) add_fragment(sums_fragment(first, 0, n), dq[n]);
+  if constexpr (kDeterministic) {
     __threadfence();
     __syncwarp();
-    if (lane_of() == 0) p.turns.pass(turn_of, item.turn);
+    if (lane_of() == 0) p.turns.pass(turn_of(), item.turn);
   }
 }
 
 template <class T, int D>
-__device__ __forceinline__ void store_gradients(const HopperBackwardParams& p, const KeyTicket& keys, int group,
+__device__ __forceinline__ void store_gradients(const HopperBackwardParams& p, int ticket, int group,
                                                 float (&dk)[D / 8][4], const float (&dv)[D / 8][4]) {
+  const KeyTicket keys(p, ticket);
   const int k0 = keys.tile * kHopperKeys + 64 * group;
   const int64_t first = ((int64_t{keys.b} * p.Hkv + keys.kv_head) * p.Lk + k0) * D;
   const float factor[2] = {p.scale, p.scale};
@@ -186,7 +190,12 @@ __device__ __forceinline__ void store_gradients(const HopperBackwardParams& p, c
   store_accumulators(dv, static_cast<T*>(p.dv) + first, p.Lk - k0);
 }
 
-template <class T, int D>
+__device__ __forceinline__ KeyFragmentBits key_bits(const HopperBackwardParams& p, int ticket, int group) {
+  const KeyTicket keys(p, ticket);
+  return {p.fragments, {p.mask, keys.b, p.Lq, p.Lk}, keys.tile * kHopperKeys + 64 * group};
+}
+
+template <class T, int D, bool kDeterministic>
 __device__ __forceinline__ void consume(const HopperBackwardParams& p, BackwardTiles<T, D>& tiles,
                                         BackwardPipeline<D>& pipeline, int group) {
   using Tiles = BackwardTiles<T, D>;
@@ -199,25 +208,24 @@ __device__ __forceinline__ void consume(const HopperBackwardParams& p, BackwardT
     mbarrier_wait(pipeline.k_full, parity);
     const int ticket = pipeline.ticket;
     if (ticket == BackwardPipeline<D>::kNone) break;
-    const KeyTicket keys(p, ticket);
-    const KeyFragmentBits mask(p.fragments, {p.mask, keys.b, p.Lq, p.Lk}, keys.tile * kHopperKeys + 64 * group);
+    const KeyFragmentBits mask = key_bits(p, ticket, group);
     float dk[D / 8][4] = {}, dv[D / 8][4] = {}, s[kQueries / 8][4], dp[kQueries / 8][4], dq[8][4];
     uint32_t left_p[kHalves][4][4], left_ds[kHalves][4][4];
-    // The next Q tile's item, when that tile is there.
-    const auto next_item = [&] {
+    // When the next Q tile is there, or the end.
+    const auto next_is_end = [&] {
       mbarrier_wait(pipeline.q_full[at.stage], at.parity);
-      return pipeline.item[at.stage];
+      return pipeline.item[at.stage].tile == QueryItem::kEnd;
     };
-    QueryItem item = next_item();
+    bool ends = next_is_end();
     mbarrier_wait(pipeline.v_full, parity);
-    if (item.tile != QueryItem::kEnd) {  // a branch round all products
+    if (!ends) {  // a branch round all products
       wgmma_fence(s, dk, dv);
       products.scores(s, at.stage);
       wgmma_commit();
       for (;;) {
-        const TileClass held = item.of(group);
+        const TileClass held = pipeline.item[at.stage].of(group);
         uint32_t bits[kHalves] = {};
-        if (held == TileClass::kBits) mask.tile(bits, item.tile * kQueries);
+        if (held == TileClass::kBits) mask.tile(bits, pipeline.item[at.stage].tile * kQueries);
         mbarrier_wait(pipeline.dout_full[at.stage], at.parity);
         wgmma_fence(dp);
         products.probability_gradients(dp, at.stage);
@@ -250,30 +258,30 @@ __device__ __forceinline__ void consume(const HopperBackwardParams& p, BackwardT
         products.query_gradients(dq, buffer);
         wgmma_commit();
         buffer ^= 1;
-        const QueryItem last = item;
-        const int last_stage = at.stage;
+        const int last = at.stage;
         at.advance();
-        item = next_item();
+        ends = next_is_end();
         wgmma_wait<0>(dk, dv, dq);
-        release(pipeline.empty[last_stage]);
-        if (item.tile == QueryItem::kEnd) {
-          add_to_sums<D>(p, last, group, dq);
+        const QueryItem item = pipeline.item[last];
+        release(pipeline.empty[last]);
+        if (ends) {
+          add_to_sums<D, kDeterministic>(p, item, group, dq);
           break;
         }
         wgmma_fence(s);
         products.scores(s, at.stage);
         wgmma_commit();
-        add_to_sums<D>(p, last, group, dq);
+        add_to_sums<D, kDeterministic>(p, item, group, dq);
       }
     }
     release(pipeline.empty[at.stage]);  // of the end
     at.advance();
     release(pipeline.keys_empty);
-    store_gradients<T, D>(p, keys, group, dk, dv);
+    store_gradients<T, D>(p, ticket, group, dk, dv);
   }
 }
 
-template <class T, int D>
+template <class T, int D, bool kDeterministic>
 __global__ void __launch_bounds__(kHopperBackwardThreads, 1)
     attention_hopper_backward_kernel(const __grid_constant__ HopperBackwardParams p) {
   constexpr HopperBackwardTile kTile = hopper_backward_tile(D);
@@ -287,13 +295,14 @@ __global__ void __launch_bounds__(kHopperBackwardThreads, 1)
     pipeline.init();
   }
   __syncthreads();
-  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  // The same in all lanes, as the compiler learns from the shuffle: descriptors then stay in uniform registers.
+  const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (warpgroup == 0) {
     lower_registers<kTile.producer_registers>();
-    if (warp_of() == 0) Producer<T, D>{p, tiles, pipeline, {}}.run();
+    if (warp_of() == 0) Producer<T, D, kDeterministic>{p, tiles, pipeline, {}}.run();
   } else {
     raise_registers<kTile.consumer_registers>();
-    consume(p, tiles, pipeline, warpgroup - 1);
+    consume<T, D, kDeterministic>(p, tiles, pipeline, warpgroup - 1);
   }
 }
 
@@ -315,7 +324,6 @@ cudaError_t launch_backward(const AttentionBackwardParams& p, const HopperBackwa
   h.statistics = p.statistics;
   h.sums = p.query_sums;
   h.turns = {buffers.counters};
-  h.deterministic = buffers.deterministic;
   h.dk = p.dk;
   h.dv = p.dv;
   cudaError_t error = encode_operand(h.q, p.q, is_half, p.B, p.H, p.Lq, D, kQueries);
@@ -328,8 +336,9 @@ cudaError_t launch_backward(const AttentionBackwardParams& p, const HopperBackwa
   if (error != cudaSuccess) return error;
   const KernelPlan plan =
       plan_attention_hopper_backward({p.B, p.H, p.Hkv, p.Lq, p.Lk, D}, is_half, MaskKind::kFull, 1, n_sm);
-  return launch(attention_hopper_backward_kernel<T, D>, dim3(static_cast<unsigned>(plan.grid)), dim3(plan.block),
-                plan.shared_bytes, stream, h);
+  const auto kernel = buffers.deterministic ? attention_hopper_backward_kernel<T, D, true>
+                                            : attention_hopper_backward_kernel<T, D, false>;
+  return launch(kernel, dim3(static_cast<unsigned>(plan.grid)), dim3(plan.block), plan.shared_bytes, stream, h);
 }
 
 }  // namespace

@@ -111,8 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_hopper_backward_cuda(
   const HopperBackwardBuffers buffers{mask_fragments(fragments), counters.mutable_data_ptr<int32_t>(), deterministic};
   const int D = static_cast<int>(s.D);
   check_launch("attention_query_statistics_kernel", launch_query_statistics(p, D, is_half(q), stream));
-  check_launch("attention_hopper_backward_kernel",
-               launch_attention_hopper_backward(p, buffers, D, is_half(q), stream));
+  check_launch("attention_hopper_backward_kernel", launch_attention_hopper_backward(p, buffers, D, is_half(q), stream));
   check_launch("attention_query_gradient_kernel", launch_query_gradient(p, D, is_half(q), stream));
   return {dq, dk, dv};
 }

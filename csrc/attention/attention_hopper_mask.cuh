@@ -84,7 +84,10 @@ struct KeyFragmentBits {
   }
   // Of queries [32 w, 32 w + 32): those that are not before the key.
   __device__ __forceinline__ uint32_t from_key(int w) const {
-    return fragment_bits(~bits_up_to(key - 1, w), ~bits_up_to(key + 7, w), lane_of() % 4);
+    return fragment_bits(bits_from(key - 32 * w), bits_from(key + 8 - 32 * w), lane_of() % 4);
+  }
+  static __device__ __forceinline__ uint32_t bits_from(int first) {
+    return first >= 32 ? 0u : 0xffffffffu << max(first, 0);
   }
 };
 

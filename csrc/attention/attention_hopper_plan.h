@@ -85,15 +85,15 @@ inline int64_t hopper_backward_queries(const AttentionSizes& s) {
 
 // The ticket, and a turn for every warp of the consumers and tile of queries.
 inline int64_t hopper_backward_counters(const AttentionSizes& s) {
-  return 1 + 4 * kHopperBackwardGroups * s.B * s.H *
-                 ceil_div(s.Lq, hopper_backward_tile(static_cast<int>(s.D)).queries);
+  return 1 +
+         4 * kHopperBackwardGroups * s.B * s.H * ceil_div(s.Lq, hopper_backward_tile(static_cast<int>(s.D)).queries);
 }
 
 // Blocks take tiles of keys from a counter, so that what a mask leaves is evened out.
 inline KernelPlan plan_attention_hopper_backward(const AttentionSizes& s, bool is_half, MaskKind kind, int64_t n_masks,
                                                  int n_sm) {
   KernelPlan plan = plan_attention_backward(s, is_half, kind, n_masks);
-  plan.kernel = attention_kernel_name("attention_hopper_backward_kernel", is_half, s.D);
+  plan.kernel = attention_kernel_name("attention_hopper_backward_kernel", is_half, s.D, ", false");
   plan.grid = std::min<int64_t>(s.B * s.Hkv * ceil_div(s.Lk, kHopperKeys), n_sm);
   plan.block = kHopperBackwardThreads;
   plan.shared_bytes = hopper_backward_shared_bytes(static_cast<int>(s.D));

@@ -172,9 +172,10 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* first, int pan
          (shared_address(first) & 0x3ffff) >> 4;
 }
 
-// The matrix that begins so many bytes later.
+// The matrix that begins so many bytes later. The address is in the lower half, and no sum leaves it.
 __device__ __forceinline__ uint64_t matrix_after(uint64_t descriptor, int bytes) {
-  return descriptor + static_cast<uint32_t>(bytes >> 4);
+  const uint32_t low = static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes >> 4);
+  return (descriptor & ~uint64_t{0xffffffff}) | low;
 }
 
 // Neither the compiler nor this thread touches the registers across here.
@@ -254,7 +255,8 @@ __device__ __forceinline__ void settle([[maybe_unused]] float v) {
 #define DIFFULLAMA_WGMMA(n, type, names, a, b, accumulate, after)                                                     \
   "{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type \
   " {" names "}, " a ", " b ", p, 1, 1, " after ";\n}\n"
-#define DIFFULLAMA_WGMMA_SHARED64(type) DIFFULLAMA_WGMMA("64", type, DIFFULLAMA_NAMES64, "%32", "%33", "%34", "%36, %35")
+#define DIFFULLAMA_WGMMA_SHARED64(type) \
+  DIFFULLAMA_WGMMA("64", type, DIFFULLAMA_NAMES64, "%32", "%33", "%34", "%36, %35")
 #define DIFFULLAMA_WGMMA_SHARED128(type) \
   DIFFULLAMA_WGMMA("128", type, DIFFULLAMA_NAMES128, "%64", "%65", "%66", "%68, %67")
 #define DIFFULLAMA_WGMMA_REGISTERS64(type) \
@@ -274,7 +276,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kN][4], uint64_t a, uint64_t b,
 #if defined(DIFFULLAMA_SIMULATED)
   simulator::wgmma({a, b, false, kLeftTransposed, kTransposed, accumulate, kIsHalf, 8 * kN}, &d[0][0], nullptr, site);
 #else
-#define DIFFULLAMA_INPUTS                                                                            \
+#define DIFFULLAMA_INPUTS                                                                \
   "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kTransposed)), \
       "n"(static_cast<int>(kLeftTransposed))
   if constexpr (kN == 8 && kIsHalf) {
