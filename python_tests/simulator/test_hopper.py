@@ -74,16 +74,23 @@ def test_box_the_driver_refuses(call: Callable[..., int]) -> None:
 
 @pytest.mark.parametrize("columns", [64, 128])
 @pytest.mark.parametrize("transposed", [False, True], ids=["K-major", "N-major"])
-@pytest.mark.parametrize("registers", [False, True], ids=["shared", "registers"])
+@pytest.mark.parametrize("left", [0, 1, 2], ids=["rows", "registers", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_wgmma(call: Callable[..., int], columns: int, transposed: bool, registers: bool, dtype: torch.dtype) -> None:
+def test_wgmma(call: Callable[..., int], columns: int, transposed: bool, left: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(64, 128, generator=generator).to(dtype)
     b = torch.randn(128, columns, generator=generator).to(dtype)
     out = np.full((64, columns), np.nan, np.float32)
     bits = [x.contiguous().view(torch.int16).numpy() for x in (a, b if transposed else b.T)]
-    assert call("wgmma", *bits, out, columns, transposed, registers, dtype == torch.bfloat16) == SUCCESS
+    assert call("wgmma", *bits, out, columns, transposed, left, dtype == torch.bfloat16) == SUCCESS
     torch.testing.assert_close(torch.from_numpy(out).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [8, 24, 512])
+def test_bulk_copy(call: Callable[..., int], n: int) -> None:
+    values, out = np.arange(1, n + 1, dtype=np.uint16), np.zeros(n, np.uint16)
+    assert call("bulk", values, 2 * n, out) == SUCCESS
+    assert (out == values).all()
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A box through TMA as it lies in shared memory, matrix products through TMA and wgmma, and a ring of buffers between a
-// producer and consumers.
+// A box through TMA as it lies in shared memory, a bulk copy, matrix products through TMA and wgmma, and a ring of
+// buffers between a producer and consumers.
 #include "../../common/hopper.cuh"
 
 #include "../../common/launch.h"
@@ -33,6 +33,24 @@ __global__ void box_kernel(const __grid_constant__ CUtensorMap map, int x, int y
   for (int i = static_cast<int>(threadIdx.x); i < box_rows * kPanel; i += static_cast<int>(blockDim.x)) out[i] = box[i];
 }
 
+// out = in, 16-bit elements.
+__global__ void bulk_kernel(const uint16_t* in, int bytes, uint16_t* out) {
+  uint16_t* const copy = swizzled_shared<uint16_t>();
+  Mbarrier& full = static_shared<Barriers>().full[0];
+  if (threadIdx.x == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init_fence();
+    mbarrier_arrive_expect(full, bytes);
+    bulk_load(copy, in, bytes, full);
+  }
+  __syncthreads();
+  mbarrier_wait(full, 0);
+  for (int i = static_cast<int>(threadIdx.x); i < bytes / 2; i += static_cast<int>(blockDim.x)) out[i] = copy[i];
+}
+
+// Where wgmma takes a from: rows in shared memory, registers, or columns in shared memory, written there by threads.
+enum class Left { kRows, kRegisters, kColumns };
+
 constexpr int kDepth = 128, kDepthPanels = kDepth / kPanel;
 
 template <int kColumns>
@@ -42,7 +60,7 @@ struct Operands {
 };
 
 // out [64, 8 kN] = a [64, kDepth] b; a group of four products each.
-template <class T, int kN, bool kTransposed, bool kRegisters>
+template <class T, int kN, bool kTransposed, Left kLeft>
 __global__ void wgmma_kernel(const __grid_constant__ Maps maps, const uint16_t* a, float* out) {
   constexpr int kColumns = 8 * kN, kRows = kTransposed ? kDepth : kColumns;
   auto& shared = *swizzled_shared<Operands<kColumns>>();
@@ -58,6 +76,15 @@ __global__ void wgmma_kernel(const __grid_constant__ Maps maps, const uint16_t* 
   }
   __syncthreads();
   mbarrier_wait(full, 0);
+  if constexpr (kLeft == Left::kColumns) {  // over the rows that came through TMA
+    uint16_t* const columns = &shared.a[0][0][0];
+    for (int i = static_cast<int>(threadIdx.x); i < kDepth * 64; i += kWarpgroup) {
+      const int depth = i / 64, chunk = i % 64 / 8 ^ depth % 8;
+      columns[depth * kPanel + 8 * chunk + i % 8] = a[i % 64 * kDepth + depth];
+    }
+    fence_async_proxy();
+    __syncthreads();
+  }
   const int lane = threadIdx.x % kWarp, row = static_cast<int>(threadIdx.x) / kWarp * 16 + lane / 4;
   uint32_t left[kDepth / 16][4];
 #pragma unroll
@@ -75,8 +102,10 @@ __global__ void wgmma_kernel(const __grid_constant__ Maps maps, const uint16_t* 
     const int panel = k / 4, in_row = k % 4 * 32;
     const uint64_t right = kTransposed ? matrix_after(matrix_descriptor(shared.b, kRows * 128), k * 16 * 128)
                                        : matrix_after(matrix_descriptor(shared.b), panel * kRows * 128 + in_row);
-    if constexpr (kRegisters) {
+    if constexpr (kLeft == Left::kRegisters) {
       wgmma<T, kTransposed>(d, left[k], right, k > 0);
+    } else if constexpr (kLeft == Left::kColumns) {
+      wgmma<T, kTransposed, true>(d, matrix_after(matrix_descriptor(shared.a), k * 16 * 128), right, k > 0);
     } else {
       wgmma<T, kTransposed>(d, matrix_after(matrix_descriptor(shared.a), panel * 64 * 128 + in_row), right, k > 0);
     }
@@ -125,10 +154,14 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 1)
 }
 
 template <class T, int kN>
-cudaError_t launch_wgmma(const Maps& maps, const uint16_t* a, float* out, bool transposed, bool registers) {
-  const auto kernel = transposed  ? registers ? wgmma_kernel<T, kN, true, true> : wgmma_kernel<T, kN, true, false>
-                      : registers ? wgmma_kernel<T, kN, false, true>
-                                  : wgmma_kernel<T, kN, false, false>;
+cudaError_t launch_wgmma(const Maps& maps, const uint16_t* a, float* out, bool transposed, Left left) {
+  const auto of_left = [&](auto b) {
+    constexpr bool kTransposed = decltype(b)::value;
+    return left == Left::kRows        ? wgmma_kernel<T, kN, kTransposed, Left::kRows>
+           : left == Left::kRegisters ? wgmma_kernel<T, kN, kTransposed, Left::kRegisters>
+                                      : wgmma_kernel<T, kN, kTransposed, Left::kColumns>;
+  };
+  const auto kernel = transposed ? of_left(std::true_type{}) : of_left(std::false_type{});
   return launch(kernel, 1, kWarpgroup, sizeof(Operands<8 * kN>) + kSwizzleBytes, nullptr, maps, a, out);
 }
 
@@ -153,9 +186,14 @@ cudaError_t check_box(const uint16_t* in, const int* size, const int* at, int bo
                 out);
 }
 
+cudaError_t check_bulk(const uint16_t* in, int bytes, uint16_t* out) {
+  return launch(bulk_kernel, 1, 64, bytes + kSwizzleBytes, nullptr, in, bytes, out);
+}
+
 // a [64, 128]; b [128, columns], stored as its transpose unless `transposed`.
-cudaError_t check_wgmma(const uint16_t* a, const uint16_t* b, float* out, int columns, bool transposed, bool registers,
+cudaError_t check_wgmma(const uint16_t* a, const uint16_t* b, float* out, int columns, bool transposed, int place,
                         bool bf16) {
+  const auto left = static_cast<Left>(place);
   const auto matrix = [](int rows, int length) {
     return TensorMapShape{{static_cast<uint64_t>(length), static_cast<uint64_t>(rows), 1, 1},
                           {2 * static_cast<uint64_t>(length)},
@@ -168,11 +206,11 @@ cudaError_t check_wgmma(const uint16_t* a, const uint16_t* b, float* out, int co
   }
   if (error != cudaSuccess) return error;
   if (columns == 64) {
-    return bf16 ? launch_wgmma<__nv_bfloat16, 8>(maps, a, out, transposed, registers)
-                : launch_wgmma<__half, 8>(maps, a, out, transposed, registers);
+    return bf16 ? launch_wgmma<__nv_bfloat16, 8>(maps, a, out, transposed, left)
+                : launch_wgmma<__half, 8>(maps, a, out, transposed, left);
   }
-  return bf16 ? launch_wgmma<__nv_bfloat16, 16>(maps, a, out, transposed, registers)
-              : launch_wgmma<__half, 16>(maps, a, out, transposed, registers);
+  return bf16 ? launch_wgmma<__nv_bfloat16, 16>(maps, a, out, transposed, left)
+              : launch_wgmma<__half, 16>(maps, a, out, transposed, left);
 }
 
 // in [n, 64, 64].
