@@ -89,7 +89,7 @@ KernelPlan plan_attention_with(PlanSizes& s, bool (*takes_width)(int64_t), const
   return reference;
 }
 
-// hopper=1: the kernel of sm_90a.
+// hopper=1: the kernels of sm_90a.
 inline KernelPlan plan_attention(PlanSizes& s) {
   if (s.flag("hopper")) {
     const int n_sm = s.device().n_sm;
@@ -102,6 +102,12 @@ inline KernelPlan plan_attention(PlanSizes& s) {
   });
 }
 inline KernelPlan plan_attention_backward(PlanSizes& s) {
+  if (s.flag("hopper")) {
+    const int n_sm = s.device().n_sm;
+    return plan_attention_with(s, is_hopper_attention_width, [&](const auto& sizes, bool is_half, auto kind, auto n) {
+      return plan_attention_hopper_backward(sizes, is_half, kind, n, n_sm);
+    });
+  }
   return plan_attention_with(s, is_attention_width, [](const auto& sizes, bool is_half, auto kind, auto n) {
     return plan_attention_backward(sizes, is_half, kind, n);
   });

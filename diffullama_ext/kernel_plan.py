@@ -73,7 +73,7 @@ def kernel_plan(
             mask_tokens, backward=1 of shifted_cross_entropy, chunk_rows of the linear losses, transpose=1 of
             fragment_mask, tile_rows and tile_cols of mask_tile_classes. N of a loss is the number of scored tokens; the
             masks take M=1, Lq and Lk; attention B, H, Hkv, Lq, Lk (or L for both), D, causal=1 or masks=M, and
-            hopper=1 for the forward of sm_90a: its kernel is "reference" where no kernel takes the dtype and D. A
+            hopper=1 for those of sm_90a: the kernel is "reference" where no kernel takes the dtype and D. A
             missing or unknown size is named in the error.
 
     Raises:

@@ -228,5 +228,6 @@ def attention(
         q, scale = -q, -scale  # the kernels take the maximum of unscaled scores
     options = (causal, scale, deterministic)
     if hopper:
-        return attention_hopper.attention(q, k, v, words, fragments, tile_classes, key_padding, *options, transposed_fragments)
+        of_mask = (words, fragments, tile_classes, key_padding)
+        return attention_hopper.attention(q, k, v, *of_mask, *options, transposed_fragments)
     return torch.ops.diffullama.attention.default(q, k, v, words, tile_classes, key_padding, *options)

@@ -96,8 +96,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, H, Lq, D], lse [B, H, Lq]); differentiable in q, k and v through out. Scale at least 0.
 
-    fragments: fragment_mask of the words, with them or not at all; transposed_fragments: that of the transpose, which the
-    backward makes where it is not given.
+    fragments: fragment_mask of the words, with them or not at all; transposed_fragments: the same of the transpose,
+    which the backward makes where it is not given.
     """
     return torch.ops.diffullama.attention_hopper.default(
         q, k, v, words, fragments, tile_classes, key_padding, causal, scale, deterministic, transposed_fragments

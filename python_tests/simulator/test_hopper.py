@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mbarrier, TMA and wgmma of sm_90a in the simulator against what PTX defines; the attention kernel that uses them,
+"""mbarrier, TMA and wgmma of sm_90a in the simulator against what PTX defines; the attention kernels that use them,
 whole and broken in one place."""
 
 import ctypes
@@ -16,7 +16,9 @@ from host_compiler import CSRC, build, run
 SUCCESS, INVALID_VALUE = 0, 1
 KERNEL, BASE = "attention/attention_hopper_forward_kernel.cu", "common/hopper.cuh"
 SOFTMAX, MASK = "attention/attention_hopper_softmax.cuh", "attention/attention_hopper_mask.cuh"
-SOURCES = (KERNEL, "testing/mutations/attention_hopper.cu")
+BACKWARD, SHARED = "attention/attention_hopper_backward_kernel.cu", "attention/attention_hopper_backward.cuh"
+FORWARD_SOURCES = (KERNEL, "testing/mutations/attention_hopper.cu")
+BACKWARD_SOURCES = (BACKWARD, "testing/mutations/attention_hopper_backward.cu")
 
 
 @pytest.fixture
@@ -133,18 +135,59 @@ MUTATIONS = {
 }
 
 
+BACKWARD_MUTATIONS = {
+    "scores read before their products are done": Mutation(BACKWARD, "wgmma_wait<1>(s);", ""),
+    "dP read before its products are done": Mutation(BACKWARD, "if (half == 0) wgmma_wait<1>(dp);", ""),
+    "dQ added before it is there": Mutation(BACKWARD, "wgmma_wait<0>(dk, dv, dq);", "", ""),
+    "no wgmma_fence": Mutation(BACKWARD, "wgmma_fence(dk, left_ds[half]);", "", "without wgmma_fence"),
+    "dS of the others not waited for": Mutation(BACKWARD, "mbarrier_wait(pipeline.ds_full, buffer);", ""),
+    "dS of half the warps waited for": Mutation(
+        SHARED, "mbarrier_init(ds_full, kConsumerWarps)", "mbarrier_init(ds_full, 4)", ""
+    ),
+    "one buffer of dS": Mutation(SHARED, "buffer * kHalves * kKeyPanel", "0"),
+    "dS not swizzled": Mutation(BACKWARD, "row * kPanel + row % 8 * 8", "row * kPanel"),
+    "dQ of the other queries": Mutation(SHARED, "tiles.ds[0][D == 64 ? group : 0]", "tiles.ds[0][0]"),
+    "dQ in the other columns": Mutation(BACKWARD, "D == 64 ? 0 : 8 * group", "0"),
+    "the next keys loaded while these are used": Mutation(
+        BACKWARD, "mbarrier_wait(pipeline.keys_empty, parity ^ 1);", "", ""
+    ),
+    "dO used before it is there": Mutation(BACKWARD, "mbarrier_wait(pipeline.dout_full[at.stage], at.parity);", "", ""),
+    "an end that dO's barrier does not see": Mutation(
+        BACKWARD, "mbarrier_arrive(pipeline.dout_full[at.stage]);", "", ""
+    ),
+    "statistics not expected": Mutation(BACKWARD, "q0, head, b, kBytes);", "q0, head, b);", ""),
+    "statistics of another head": Mutation(BACKWARD, "item.head * queries + q0", "item.head * p.Lq + q0"),
+    "padding of the other keys": Mutation(MASK, "allows_key(mask, key + 8)", "allows_key(mask, key)"),
+    "causal order of the other keys": Mutation(MASK, "bits_from(key + 8 - 32 * w)", "bits_from(key - 32 * w)"),
+    "bits of the other queries": Mutation(MASK, "(2 * kFragmentThreads) + word % 2", "(2 * kFragmentThreads)"),
+    "dK without the scale": Mutation(BACKWARD, "factor[2] = {p.scale, p.scale}", "factor[2] = {1.0f, 1.0f}"),
+}
+
+
+@pytest.mark.parametrize("sources", [FORWARD_SOURCES, BACKWARD_SOURCES], ids=["forward", "backward"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_attention_kernel_as_it_is(seed: int) -> None:
-    assert run(build(SOURCES), seed=seed) == (0, "agrees\n")
+def test_attention_kernel_as_it_is(sources: tuple[str, ...], seed: int) -> None:
+    assert run(build(sources), seed=seed) == (0, "agrees\n")
 
 
-def test_attention_kernel_sanitized() -> None:
-    assert run(build(SOURCES, "sanitized"), "5") == (0, "agrees\n")
+@pytest.mark.parametrize(
+    ("sources", "case"), [(FORWARD_SOURCES, "5"), (BACKWARD_SOURCES, "4")], ids=["forward", "backward"]
+)
+def test_attention_kernel_sanitized(sources: tuple[str, ...], case: str) -> None:
+    assert run(build(sources, "sanitized"), case) == (0, "agrees\n")
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_mutation_is_noticed(name: str, tmp_path: Path) -> None:
-    mutation = MUTATIONS[name]
+def test_mutation_of_the_forward_is_noticed(name: str, tmp_path: Path) -> None:
+    _notice(MUTATIONS[name], FORWARD_SOURCES, tmp_path)
+
+
+@pytest.mark.parametrize("name", BACKWARD_MUTATIONS)
+def test_mutation_of_the_backward_is_noticed(name: str, tmp_path: Path) -> None:
+    _notice(BACKWARD_MUTATIONS[name], BACKWARD_SOURCES, tmp_path)
+
+
+def _notice(mutation: Mutation, sources: tuple[str, ...], tmp_path: Path) -> None:
     root = tmp_path / "csrc"
     for folder in ("common", "attention", "attention_mask", "testing"):
         shutil.copytree(CSRC / folder, root / folder)
@@ -152,7 +195,7 @@ def test_mutation_is_noticed(name: str, tmp_path: Path) -> None:
     text = path.read_text()
     assert mutation.old in text, "the kernel has changed: change the mutation"
     path.write_text(text.replace(mutation.old, mutation.new, 1))
-    program = build(SOURCES, root=root)
+    program = build(sources, root=root)
     results = (run(program, seed=seed) for seed in range(6))
     output = next((output for status, output in results if status != 0), "agrees in every order of threads")
     assert mutation.outcome in output
