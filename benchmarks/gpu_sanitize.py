@@ -80,8 +80,10 @@ def attentions(i: Inputs) -> Iterator[str]:
         for B, H, Hkv, Lq, Lk in ((2, 4, 2, 70, 70), (1, 2, 2, 5, 300), (1, 2, 1, 300, 130)):
             q, k, v = i.normal(dtype, B, H, Lq, D), i.normal(dtype, B, Hkv, Lk, D), i.normal(dtype, B, Hkv, Lk, D)
             for mask in (None, AttentionMask.from_dense(i.bits(B, Lq, Lk))):
-                attention(q, k, v, mask, key_padding=i.bits(B, Lk)).sum().backward()
-                yield f"attention {B}x{H}x{Lq}x{Lk}x{D} {dtype}, {'no mask' if mask is None else 'bits'}"
+                for order in (False, True):
+                    attention(q, k, v, mask, key_padding=i.bits(B, Lk), deterministic=order).sum().backward()
+                    bits = "no mask" if mask is None else "bits"
+                    yield f"attention {B}x{H}x{Lq}x{Lk}x{D} {dtype}, {bits}, deterministic {order}"
             if Lq == Lk:
                 attention(q, k, v, AttentionMask.causal(Lq, device=i.device)).sum().backward()
                 yield f"attention {B}x{H}x{Lq}x{Lk}x{D} {dtype}, causal"

@@ -131,7 +131,7 @@ def torch_own(i: Inputs, scale: float | None = None) -> list[Tensor]:
 
 def assert_accurate(i: Inputs, scale: float | None = None) -> None:
     """Output and gradients lose at most twice what torch's attention does; the logsumexp is float32's."""
-    out, lse, *gradients = run(i, scale)
+    out, lse, *gradients = run(i, scale, deterministic=False)
     true_out, true_lse, *true_gradients = exact(i, scale)
     plain = torch_own(i, scale)
     assert lse.dtype == torch.float32

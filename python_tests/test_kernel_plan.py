@@ -102,6 +102,7 @@ def test_attention() -> None:
     assert backward.kernel == "attention_key_gradient_kernel<__nv_bfloat16, 128, true, true>"
     assert backward.grid == 4 * 32 * 32
     assert forward.shared_bytes == (128 + 3 * 64) * 128 * 2
+    assert backward.shared_bytes == (2 * 64 + 2 * 64) * 128 * 2 + 64 * 64 * 2 + 2 * 64 * 8  # K, V, ring; dS; statistics
     assert forward.flops == 4 * 4 * 32 * 2048**2 * 128
     assert backward.flops == 2.5 * forward.flops
     assert forward.bytes == 4 * 32 * 2048 * (4 * 128 * 2 + 4)

@@ -12,7 +12,9 @@
 //          two), and where dS^T is written and both items are used up
 // At D = 256 one launch makes dK and dQ and another dV: together their accumulators are more than a thread's registers;
 // and dS^T goes through shared memory in two parts, for which two barriers more.
+// Bound: tensor cores and reads of shared memory. Method: Dao, "FlashAttention-2" (2023).
 // Not yet measured on GPU.
+// ptxas spills at most 32 B of attention_key_gradient_kernel (docs/kernels/attention.md): it needs every register.
 #include "../common/launch.h"
 #include "attention_query_sums.cuh"
 #include "attention_scores.cuh"

@@ -3,7 +3,7 @@
 //   statistics : before them; of each query sum dO * O and the logsumexp in base 2; eight lanes a query, 16 bytes a
 //   lane
 //                and access
-//   dQ         : after them; its float32 sums, times the scale, as rows of the inputs' type
+//   dQ         : after them; its float32 sums (attention_query_sums.cuh), times the scale, as rows of the inputs' type
 // Bound: memory. Not yet measured on GPU.
 #include "../common/launch.h"
 #include "attention_query_sums.cuh"

@@ -32,7 +32,7 @@ def attention(
         scale: of the scores; None means 1/sqrt(D).
         key_padding: [B, Lk] bool, True for real keys.
         return_lse: also return the logsumexp of the scores [B, H, Lq] (-inf where nothing is allowed; no gradient).
-        deterministic: on CUDA, whether the gradient of q is summed in one order, so that repeated runs agree bit for bit;
+        deterministic: on CUDA, whether the gradient of q is summed in one order, so that repeated runs agree bitwise;
             slower. None means ``torch.are_deterministic_algorithms_enabled()``.
         impl: "auto", "ext" or "reference".
 

@@ -32,7 +32,7 @@ def test_memory_is_linear_in_the_length(width: int) -> None:
     torch.autograd.grad(out, (q, k, v), upstream)
     torch.cuda.synchronize()
     one = q.numel() * q.element_size()
-    assert torch.cuda.max_memory_allocated() - before <= 4.5 * one  # out, dq, dk, dv; lse and statistics
+    assert torch.cuda.max_memory_allocated() - before <= 6.5 * one  # out, dq, dk, dv; float32 sums; lse, statistics
 
 
 def test_the_last_rows_of_a_long_call_are_those_of_a_short_one() -> None:
@@ -55,7 +55,7 @@ def test_a_graph_replays_with_new_ratios_and_seeds() -> None:
     ratio, seed = torch.full((1,), 0.5, device="cuda"), torch.full((1,), 3, device="cuda")
 
     def step() -> list[Tensor]:
-        out = annealed_attention(i.q, i.k, i.v, ratio, seed=seed)
+        out = annealed_attention(i.q, i.k, i.v, ratio, seed=seed, deterministic=True)
         return [out.detach(), *torch.autograd.grad(out, (i.q, i.k, i.v), i.upstream)]
 
     side = torch.cuda.Stream()
@@ -74,14 +74,42 @@ def test_a_graph_replays_with_new_ratios_and_seeds() -> None:
         assert_all_equal([x.clone() for x in outputs], step())
 
 
-def test_repeated_runs_are_equal() -> None:
-    i = inputs_of(Case(700, 700, 128, BF16, (8, 2), "annealed", "left"), "cuda")
-    assert_all_equal(run(i), run(i))
+@pytest.mark.parametrize("mask", ["none", "annealed", "causal", "documents"])
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 256])
+def test_repeated_runs_are_equal(width: int, mask: str) -> None:
+    """More blocks than a GPU holds, which then run in other orders; without turns only dQ may notice."""
+    i = inputs_of(Case(1000, 1000, width, BF16, (16, 8), mask, "left", batch=4), "cuda")
+    first = run(i)
+    for _ in range(20):
+        assert_all_equal(run(i), first)
+    out, lse, dq, dk, dv = run(i, deterministic=False)
+    assert_all_equal([out, lse, dk, dv], [*first[:2], *first[3:]])
+    torch.testing.assert_close(dq, first[2], rtol=2**-6, atol=2**-7 * float(dq.abs().max()))
+
+
+def test_sums_beyond_32_bits() -> None:
+    """float32 sums at more than 2**31 elements: the last head's gradients are those of a call of its own."""
+    batch, heads, length, width = 5, 64, 65536, 128
+    if torch.cuda.mem_get_info()[0] < 70e9:
+        pytest.skip("needs 70 GB of GPU memory")
+    q = torch.randn(batch, heads, length, width, device="cuda", dtype=BF16).requires_grad_()
+    assert q.numel() > 2**31
+    kv = torch.randn(batch, 1, 130, width, device="cuda", dtype=BF16)
+    out = attention(q, kv, kv, deterministic=True)
+    assert isinstance(out, Tensor)
+    upstream = torch.randn_like(out)
+    (dq,) = torch.autograd.grad(out, q, upstream)
+    del out
+    tail = q.detach()[-1:, -1:].requires_grad_()
+    alone = attention(tail, kv[-1:], kv[-1:], deterministic=True)
+    assert isinstance(alone, Tensor)
+    assert_all_equal([dq[-1:, -1:]], torch.autograd.grad(alone, tail, upstream[-1:, -1:]))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_models_train_with_and_without_checkpointing(family: str) -> None:
+def test_models_train_with_and_without_checkpointing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 with heads of 32, so that the layers run the kernel; the gradients are those of stored activations."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     shape = {"n_embd": 128} if family == "gpt2" else {"hidden_size": 128}
     x = torch.randint(VOCAB, (3, 50), device="cuda")
     mask = AttentionMask.annealed(50, 0.4, seed=2, device="cuda")

@@ -6,27 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from allocations import peak_bytes
 from objective_cases import SEED, adapted
 from tiny_models import MASK_ID
-from torch.profiler import ProfilerActivity, profile
 
 from diffullama_ext import linear_shifted_cross_entropy
 from diffullama_ext.objective import DiffusionObjective, ObjectiveConfig, distillation, loss
 
 VOCAB, WIDTH = 4099, 32
-
-
-def peak_bytes(work: Callable[[], None]) -> int:
-    """The most bytes alive at once beyond those before ``work``: every allocation and release of torch's CPU memory."""
-    work()  # what is made once and kept
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
 
 
 def loss_alone(n_tokens: int, chunk_rows: int) -> Callable[[], None]:

@@ -96,6 +96,15 @@ def test_atomics(call: Callable[..., int], rng: np.random.Generator) -> None:
     assert wide.view(np.int64)[0] == total
 
 
+def test_sums_of_floats(call: Callable[..., int], rng: np.random.Generator) -> None:
+    """Of whole numbers, which add up in any order."""
+    value = rng.integers(-1000, 1000, 500).astype(np.float32)
+    one, four = np.full(1, 3, np.float32), np.full(4, -2, np.float32)
+    assert call("reduce", value, one, four, value.size) == SUCCESS
+    assert one[0] == 3 + value.sum()
+    assert (four == -2 + value.sum() * np.arange(1, 5)).all()
+
+
 @pytest.mark.parametrize("cluster", [1, 2, 8, 16])
 def test_cluster_shared_memory(call: Callable[..., int], rng: np.random.Generator, cluster: int) -> None:
     value = rng.integers(0, 1000, 16).astype(np.int32)

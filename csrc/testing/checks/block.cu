@@ -85,6 +85,14 @@ __global__ void atomic_kernel(const int* in, int* out, unsigned long long* wide,
   if (atomicExch(&out[7], 1) == 0) atomicAdd(&out[8], 1);
 }
 
+// one += in[i] and four += {1, 2, 3, 4} * in[i], of every thread.
+__global__ void reduce_kernel(const float* in, float* one, float* four, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  reduce_add(one, in[i]);
+  reduce_add(four, make_float4(in[i], 2 * in[i], 3 * in[i], 4 * in[i]));
+}
+
 struct ClusterShared {
   int value;
 };
@@ -148,6 +156,10 @@ cudaError_t check_pipeline(const int* in, int* out, int n_steps, int warps) {
 
 cudaError_t check_atomics(const int* in, int* out, unsigned long long* wide, int n) {
   return launch(atomic_kernel, (n + 63) / 64, 64, 0, nullptr, in, out, wide, n);
+}
+
+cudaError_t check_reduce(const float* in, float* one, float* four, int n) {
+  return launch(reduce_kernel, (n + 63) / 64, 64, 0, nullptr, in, one, four, n);
 }
 
 cudaError_t check_cluster(const int* in, int* out, int blocks, int cluster) {
