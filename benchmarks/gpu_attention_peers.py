@@ -97,6 +97,7 @@ def attention_peers(is_backward: bool, without_mask: bool) -> dict[str, Peer]:
             "memory-efficient, dense mask": partial(_sdpa, masked=True, backend=efficient),
         }
     attend |= {"sdpa, dense mask": partial(_sdpa, masked=True), "FlexAttention, compiled": _flex}
+    attend = {"ours, sm_90a": _hopper} | attend
     if is_backward:
         return {name: partial(_backward, attend=peer, name=name) for name, peer in attend.items()}
-    return {name: partial(_forward, attend=peer) for name, peer in ({"ours, sm_90a": _hopper} | attend).items()}
+    return {name: partial(_forward, attend=peer) for name, peer in attend.items()}

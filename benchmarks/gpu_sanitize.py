@@ -90,17 +90,19 @@ def attentions(i: Inputs) -> Iterator[str]:
 
 
 def hopper_attentions(i: Inputs) -> Iterator[str]:
-    """The op itself, where there is one."""
+    """The ops themselves, where there are any."""
     if not attention_hopper.runs_on(torch.device(i.device)):
         return
     for dtype, D in product(FLOATS[1:], attention_hopper.WIDTHS):
         for B, H, Hkv, Lq, Lk in ((2, 4, 2, 70, 70), (1, 2, 2, 5, 700), (1, 2, 1, 300, 130)):
-            q, k, v = (i.normal(dtype, B, h, n, D).detach() for h, n in ((H, Lq), (Hkv, Lk), (Hkv, Lk)))
+            q, k, v = (i.normal(dtype, B, h, n, D) for h, n in ((H, Lq), (Hkv, Lk), (Hkv, Lk)))
             mask, padding = AttentionMask.from_dense(i.bits(B, Lq, Lk)), i.bits(B, Lk)
             bits = (mask.words, mask.fragments(), mask.tile_classes(64, 64))
             for given, causal in ((bits, False), ((None, None, None), False), ((None, None, None), True)):
-                attention_hopper.attention(q, k, v, *given, padding, causal, 0.1, False)
-                yield f"attention_hopper {B}x{H}x{Lq}x{Lk}x{D} {dtype}, {'bits' if given is bits else causal}"
+                for order in (False, True):
+                    attention_hopper.attention(q, k, v, *given, padding, causal, 0.1, order)[0].sum().backward()
+                    name = f"{'bits' if given is bits else causal}, deterministic {order}"
+                    yield f"attention_hopper {B}x{H}x{Lq}x{Lk}x{D} {dtype}, {name}"
 
 
 def losses(i: Inputs) -> Iterator[str]:

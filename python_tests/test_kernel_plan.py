@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,14 @@ def test_attention_on_sm_90a() -> None:
     assert plan("attention", **sizes, D=64).block == 512
     assert plan("attention", **(sizes | {"B": 1, "H": 2, "L": 200}), D=64).grid == 4
     assert wide.bytes == plan("attention", **(sizes | {"hopper": 0}), D=128, masks=1).bytes
-    for width in attention.KERNEL_WIDTHS:
-        taken = plan("attention", **sizes, D=width).kernel != "reference"
+    backward = plan("attention_backward", **sizes, D=128, masks=1)
+    assert backward.kernel == "attention_hopper_backward_kernel<__nv_bfloat16, 128, false>"
+    assert (backward.grid, backward.block) == (132, 384)
+    assert plan("attention_backward", **(sizes | {"B": 1, "H": 2, "L": 200}), D=64).grid == 4
+    assert backward.flops == 2.5 * wide.flops
+    assert all(plan("attention_backward", **sizes, D=D).shared_bytes <= 227 << 10 for D in attention_hopper.WIDTHS)
+    for op, width in product(("attention", "attention_backward"), attention.KERNEL_WIDTHS):
+        taken = plan(op, **sizes, D=width).kernel != "reference"
         assert taken == (width in attention_hopper.WIDTHS), "the plan and the dispatch in Python must agree"
 
 

@@ -12,6 +12,8 @@
 //   bound    : tensor cores, and nearly as much shared memory, which feeds them
 // Five products, each once. The order of the sums of dQ is that of the blocks' progress, or where asked that of keys.
 // Run in the simulator only; not yet run on a GPU.
+// ptxas spills 48 B of attention_hopper_backward_kernel, of the deterministic one only: in its producer, which counts
+// turns with 24 registers.
 #include "../common/launch.h"
 #include "attention_hopper_backward.cuh"
 #include "attention_hopper_map.h"

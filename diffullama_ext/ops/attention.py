@@ -222,7 +222,8 @@ def attention(
     """(out [B, H, Lq, D], lse [B, H, Lq]); differentiable in q, k and v through out.
 
     tile_classes: of the words in tiles of CLASS_TILE x CLASS_TILE, which only csrc/attention reads; fragments: of the
-    words, and of their transpose for a backward, for "hopper" only. deterministic: see functional.attention; on the CPU everything is.
+    words, and of their transpose for a backward, for "hopper" only. deterministic: see functional.attention; on the
+    CPU everything is.
     """
     if scale < 0:
         q, scale = -q, -scale  # the kernels take the maximum of unscaled scores

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sm_90a attention forward where only a GPU can tell: long sequences, many runs, graphs; bitwise repeatable."""
+"""Attention on sm_90a where only a GPU can tell: long sequences, many runs, graphs; bitwise repeatable."""
 
 import pytest
 import torch
@@ -38,6 +38,20 @@ def test_many_runs_are_equal(width: int) -> None:
     first = attention(q, k, v, i.mask, key_padding=i.key_padding, return_lse=True)
     for _ in range(200):
         assert_all_equal(attention(q, k, v, i.mask, key_padding=i.key_padding, return_lse=True), first)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("width", [64, 128])
+def test_many_backward_runs_are_equal(width: int, deterministic: bool) -> None:
+    """Blocks wait for each other's turns; without turns dQ alone may differ."""
+    i = inputs_of(Case(1111, 1111, width, BF16, (16, 4), "bits of each", "right", batch=4), "cuda")
+    out = attention(i.q, i.k, i.v, i.mask, key_padding=i.key_padding, deterministic=deterministic)
+    assert isinstance(out, Tensor)
+    first = torch.autograd.grad(out, i[:3], i.upstream, retain_graph=True)
+    for _ in range(100):
+        again = torch.autograd.grad(out, i[:3], i.upstream, retain_graph=True)
+        assert_all_equal(again[0 if deterministic else 1 :], first[0 if deterministic else 1 :])
+        torch.testing.assert_close(again[0], first[0], rtol=2.0**-6, atol=1e-3)
 
 
 def test_a_graph_replays_with_new_ratios_and_seeds() -> None:
