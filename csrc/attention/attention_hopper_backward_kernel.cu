@@ -297,8 +297,7 @@ __global__ void __launch_bounds__(kHopperBackwardThreads, 1)
     pipeline.init();
   }
   __syncthreads();
-  // The same in all lanes, as the compiler learns from the shuffle: descriptors then stay in uniform registers.
-  const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  const int warpgroup = uniform_warpgroup();
   if (warpgroup == 0) {
     lower_registers<kTile.producer_registers>();
     if (warp_of() == 0) Producer<T, D, kDeterministic>{p, tiles, pipeline, {}}.run();

@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(hopper_attention_tile(D).threads(), 1)
     pipeline.init();
   }
   __syncthreads();
-  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  const int warpgroup = uniform_warpgroup();
   if (warpgroup == 0) {
     lower_registers<kTile.producer_registers>();
     if (threadIdx.x == 0) produce(p, tiles, pipeline);

@@ -17,6 +17,12 @@ struct KeyTile {
   __device__ TileClass of(int group) const { return static_cast<TileClass>(classes >> 2 * group & 3u); }
 };
 
+// The thread's warpgroup, the same in all lanes, as the compiler learns from the shuffle: what is made of it, descriptors
+// above all, stays in uniform registers.
+__device__ __forceinline__ int uniform_warpgroup() {
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+}
+
 // Slot and parity of a ring's next use.
 template <int kStages>
 struct RingPlace {
