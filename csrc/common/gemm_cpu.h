@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products through torch's own CPU GEMMs: its BLAS, which fills a given tensor, and oneDNN, which makes a new one.
+// Matrix products through torch's own CPU GEMMs: its BLAS, which fills a given tensor, and oneDNN, which makes a new
+// one.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "tensor.h"
 
-// torch's oneDNN linear, x w^T of float32. Its header declares it only to builds with ATen's configuration; weak, because
-// a torch built without oneDNN lacks it.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_cpu__linear_pointwise(AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, const char* attr,
-                                 const double** scalars, int64_t n_scalars, const char** algorithm,
-                                 AtenTensorHandle* out);
+// torch's oneDNN linear, x w^T of float32. Its header declares it only to builds with ATen's configuration; weak,
+// because a torch built without oneDNN lacks it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, const char* attr, const double** scalars,
+    int64_t n_scalars, const char** algorithm, AtenTensorHandle* out);
 
 namespace diffullama {
 
