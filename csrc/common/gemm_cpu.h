@@ -5,6 +5,8 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <algorithm>
+
 #include "tensor.h"
 
 // torch's oneDNN linear, x w^T of float32. Its header declares it only to builds with ATen's configuration; weak,
@@ -43,8 +45,32 @@ inline Tensor new_product(const Tensor& a, const Tensor& b) {
   return Tensor(out);
 }
 
+// out [m, n] += t^T for contiguous float32 t [n, m]: 16 columns of t, a cache line of each row, at a time.
+inline void add_transposed(Tensor& out, const Tensor& t) {
+  constexpr int64_t kLine = 16;
+  const int64_t m = out.size(0), n = out.size(1);
+  float* sum = out.mutable_data_ptr<float>();
+  const float* in = t.const_data_ptr<float>();
+  torch::stable::parallel_for(0, (m + kLine - 1) / kLine, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kLine; first < std::min(end * kLine, m); first += kLine) {
+      const int64_t last = std::min(first + kLine, m);
+      for (int64_t column = 0; column < n; ++column) {
+        for (int64_t row = first; row < last; ++row) sum[row * n + column] += in[column * m + row];
+      }
+    }
+  });
+}
+
+constexpr int64_t kSmallSum = int64_t{32} << 20;  // bytes of a sum that its next term may stand beside
+
 // out += a b, accumulating in out's dtype where that is wider.
 inline void gemm_add(Tensor& out, const Tensor& a, const Tensor& b) {
+  if (out.scalar_type() == a.scalar_type() && products_are_new(a.scalar_type()) && out.is_contiguous() &&
+      out.numel() * static_cast<int64_t>(out.element_size()) <= kSmallSum) {
+    add_transposed(out,
+                   new_product(transposed(b), transposed(a)));  // oneDNN copies a transposed a, but no transposed b
+    return;
+  }
   if (out.scalar_type() == a.scalar_type()) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
     return;

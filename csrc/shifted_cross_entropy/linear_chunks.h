@@ -85,13 +85,16 @@ inline Tensor product_in(Tensor& room, const Tensor& a, const Tensor& b) {
   return out;
 }
 
-// sum += a b; the first product may become the sum itself.
-inline void add_product(Tensor& sum, const Tensor& a, const Tensor& b, bool is_first) {
-  if (is_first && sum.scalar_type() == a.scalar_type() && products_are_new(a.scalar_type())) {
-    sum = new_product(a, b);
-  } else {
-    gemm_add(sum, a, b);
-  }
+// The rows that a product of n is made with: a new one is planned for its shape, which costs as much as 100 rows, so
+// the many n of a training share a few shapes.
+inline int64_t rows_of_product(int64_t n, ScalarType dtype) {
+  constexpr int64_t kStep = 128, kFrom = 4 * kStep;
+  return products_are_new(dtype) && n >= kFrom ? (n + kStep - 1) / kStep * kStep : n;
+}
+
+inline void zero_rows_from(Tensor& t, int64_t n) {
+  Tensor rest = torch::stable::narrow(t, 0, n, t.size(0) - n);
+  torch::stable::zero_(rest);
 }
 
 // Losses into the backend's nll; gradients of sum(scale * nll) where any are needed.
@@ -102,13 +105,15 @@ Gradients run_chunks(const LinearProblem& p, Backend& backend, GradientsNeeded n
   if (n_rows == 0) return grads;
   const ScalarType buffer = p.hidden.scalar_type();
   const int64_t room = products_are_new(buffer) ? 0 : chunk;
-  Tensor all_rows = empty_like_device(p.hidden, {chunk, p.H}, buffer);
+  Tensor all_rows = empty_like_device(p.hidden, {rows_of_product(chunk, buffer), p.H}, buffer);
   Tensor padded_logits = empty_like_device(p.hidden, {room, Backend::padded(p.V)}, buffer);
   Tensor all_logits = torch::stable::narrow(padded_logits, 1, 0, p.V);
   Tensor all_drows = empty_like_device(p.hidden, {needed.dhidden ? room : 0, p.H}, buffer);
   for (int64_t first = 0; first < n_rows; first += chunk) {
     const int64_t n = std::min(chunk, n_rows - first);
-    Tensor rows = first_rows(all_rows, n);
+    const int64_t n_product = rows_of_product(n, buffer);
+    Tensor rows = first_rows(all_rows, n_product);
+    if (n_product > n) zero_rows_from(rows, n);  // their logits and gradients are 0 and nobody reads them
     backend.gather(first, n, rows);
     Tensor logits = product_in(all_logits, rows, transposed(p.weight));  // [n, V]
     backend.losses(first, n, logits, needed.any());
@@ -116,7 +121,7 @@ Gradients run_chunks(const LinearProblem& p, Backend& backend, GradientsNeeded n
       const Tensor drows = product_in(all_drows, logits, p.weight);  // [n, H]
       backend.scatter(first, n, drows, grads.dhidden);
     }
-    if (needed.dweight) add_product(grads.dweight, transposed(logits), rows, first == 0);  // [V, H]
+    if (needed.dweight) gemm_add(grads.dweight, transposed(logits), rows);  // [V, H]
     if (needed.dbias) backend.add_column_sums(logits, n, grads.dbias);
   }
   return grads;
