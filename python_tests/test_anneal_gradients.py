@@ -34,7 +34,7 @@ def test_every_way_starts_from_the_same_model_and_noise(start):
     assert full.loss[0] == pytest.approx(causal.loss[0], rel=0.05)
     model, _, train = start
     x0, _ = Samples(train, CONFIG.ar_steps * CONFIG.batch_size, CONFIG.seed).batch(0, CONFIG.batch_size)
-    assert ar.loss[0] == pytest.approx(float(model(x0, labels=x0).loss), rel=1e-5)  # transformers' own next-token loss
+    assert ar.loss[0] == pytest.approx(model(x0, labels=x0).loss.item(), rel=1e-5)  # transformers' own next-token loss
     for ours, kept in zip(start[0].parameters(), before, strict=True):
         assert torch.equal(ours, kept)
 
