@@ -7,12 +7,13 @@
 
 namespace diffullama {
 
-// A tile of keys for the consumers; after the last one of a tile of queries comes kEnd.
+// A tile of keys for the consumers; after the last one of a tile of queries comes kEnd, after the last queries kStop.
 struct KeyTile {
-  static constexpr int kEnd = -1;
+  static constexpr int kEnd = -1, kStop = -2;
 
   int tile;
   uint32_t classes;  // two bits a consumer: TileClass of its queries
+  int queries;       // number of the tile of queries
 
   __device__ TileClass of(int group) const { return static_cast<TileClass>(classes >> 2 * group & 3u); }
 };
