@@ -12,6 +12,7 @@
 //   bound    : tensor cores at D = 128; at D = 64 the exponentials come first
 // Method: Shah et al., "FlashAttention-3" (2024), sections 3.1 and 3.2; softmax as in attention_forward_kernel.cu.
 // Run in the simulator only; not yet run on a GPU.
+// ptxas spills at most 56 B of attention_hopper_forward_kernel, all of the producer, which has 32 or 40 registers.
 #include "../common/launch.h"
 #include "../common/tensor_map.h"
 #include "attention_hopper_mask.cuh"
@@ -118,30 +119,31 @@ __device__ __forceinline__ void produce(const HopperForwardParams& p, SharedTile
   constexpr HopperAttentionTile kTile = hopper_attention_tile(D);
   RingPlace<kTile.stages> k_at, v_at;
   const auto next_item = [&](KeyTile item) {
-    mbarrier_wait(pipeline.k_empty[k_at.stage], k_at.parity ^ 1);
-    pipeline.item[k_at.stage] = item;
+    mbarrier_wait(pipeline.k_empty[k_at.stage()], k_at.parity() ^ 1);
+    pipeline.item[k_at.stage()] = item;
   };
   int q_parity = 0;
-  const int n = query_tiles(p, kTile.rows()), n_key_tiles = (p.Lk + kHopperColumns - 1) / kHopperColumns;
-  for (int index = static_cast<int>(blockIdx.x); index < n;) {
+  for (int index = static_cast<int>(blockIdx.x); index < query_tiles(p, kTile.rows());) {
     const QueryTile at(p, index, kTile.rows());
     if (lane_of() == 0) {
       mbarrier_wait(pipeline.q_empty, q_parity ^ 1);
       load_panels(tiles.q, p.q, pipeline.q_full, at.q0, at.h, at.b);
     }
     q_parity ^= 1;
-    for (int first = 0; first < n_key_tiles; first += kWarp) {
+    for (int first = 0; first * kHopperColumns < p.Lk; first += kWarp) {
       const int mine = first + lane_of();
       const uint32_t classes =
-          mine < n_key_tiles ? classes_of<kTile.groups>({p.mask, at.b, p.Lq, p.Lk}, at.q0, mine) : 0;
+          mine * kHopperColumns < p.Lk ? classes_of<kTile.groups>({p.mask, at.b, p.Lq, p.Lk}, at.q0, mine) : 0;
       for (uint32_t needed = __ballot_sync(kAllLanes, classes != 0); needed != 0; needed &= needed - 1) {
         const int lane = __ffs(static_cast<int>(needed)) - 1, tile = first + lane;
         const uint32_t held = __shfl_sync(kAllLanes, classes, lane);
         if (lane_of() == 0) {
           next_item({tile, held, index});
-          load_panels(tiles.k[k_at.stage], p.k, pipeline.k_full[k_at.stage], tile * kHopperColumns, at.kv_head, at.b);
-          mbarrier_wait(pipeline.v_empty[v_at.stage], v_at.parity ^ 1);
-          load_panels(tiles.v[v_at.stage], p.v, pipeline.v_full[v_at.stage], tile * kHopperColumns, at.kv_head, at.b);
+          load_panels(tiles.k[k_at.stage()], p.k, pipeline.k_full[k_at.stage()], tile * kHopperColumns, at.kv_head,
+                      at.b);
+          mbarrier_wait(pipeline.v_empty[v_at.stage()], v_at.parity() ^ 1);
+          load_panels(tiles.v[v_at.stage()], p.v, pipeline.v_full[v_at.stage()], tile * kHopperColumns, at.kv_head,
+                      at.b);
         }
         k_at.advance();
         v_at.advance();
@@ -149,14 +151,14 @@ __device__ __forceinline__ void produce(const HopperForwardParams& p, SharedTile
     }
     if (lane_of() == 0) {
       next_item({KeyTile::kEnd, 0, index});
-      mbarrier_arrive(pipeline.k_full[k_at.stage]);
+      mbarrier_arrive(pipeline.k_full[k_at.stage()]);
     }
     k_at.advance();
     index = static_cast<int>(gridDim.x) + (p.taken ? take(p.taken) : index);
   }
   if (lane_of() == 0) {
     next_item({KeyTile::kStop, 0, 0});
-    mbarrier_arrive(pipeline.k_full[k_at.stage]);
+    mbarrier_arrive(pipeline.k_full[k_at.stage()]);
   }
 }
 
@@ -228,8 +230,8 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
   int q_parity = 0;
   // The next K tile's item, when that tile is there.
   const auto next_item = [&] {
-    mbarrier_wait(pipeline.k_full[k_at.stage], k_at.parity);
-    return pipeline.item[k_at.stage];
+    mbarrier_wait(pipeline.k_full[k_at.stage()], k_at.parity());
+    return pipeline.item[k_at.stage()];
   };
   for (;;) {
     KeyTile item = next_item();
@@ -244,7 +246,7 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
     q_parity ^= 1;
     // Of the end that next_item has come to: this tile of queries is used up.
     const auto release_end = [&] {
-      release(pipeline.k_empty[k_at.stage]);
+      release(pipeline.k_empty[k_at.stage()]);
       k_at.advance();
       release(pipeline.q_empty);
     };
@@ -252,7 +254,7 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
       release_end();
     } else {  // a branch round all products: accumulators that meet after one make ptxas wait for every product
       wgmma_fence(s, out);
-      products.scores(s, k_at.stage);
+      products.scores(s, k_at.stage());
       wgmma_commit();
       wgmma_commit();  // of the product with V that later rounds have here
       for (bool first = true;; first = false) {
@@ -260,7 +262,7 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
         uint2 bits{0, 0};
         if (held == TileClass::kBits) bits = mask.tile(item.tile);
         wgmma_wait<1>(s);
-        release(pipeline.k_empty[k_at.stage]);
+        release(pipeline.k_empty[k_at.stage()]);
         k_at.advance();
         if (held != TileClass::kEverything) forbid_fragment(s, bits);
         float factor[2];
@@ -268,28 +270,28 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
         settle(fminf(rows.sum[0], rows.sum[1]));
         wgmma_wait<0>(out, probabilities);
         if (!first) {
-          release(pipeline.v_empty[v_at.stage]);
+          release(pipeline.v_empty[v_at.stage()]);
           v_at.advance();
         }
         if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) scale_rows(out, factor);
         pack_left<T>(probabilities, s);
         item = next_item();
-        mbarrier_wait(pipeline.v_full[v_at.stage], v_at.parity);
+        mbarrier_wait(pipeline.v_full[v_at.stage()], v_at.parity());
         if (item.tile == KeyTile::kEnd) break;
         turns.wait();
         wgmma_fence(s, out, probabilities);
-        products.scores(s, k_at.stage);
+        products.scores(s, k_at.stage());
         wgmma_commit();
-        products.values(out, probabilities, v_at.stage);
+        products.values(out, probabilities, v_at.stage());
         wgmma_commit();
         turns.pass();
       }
       release_end();
       wgmma_fence(out, probabilities);
-      products.values(out, probabilities, v_at.stage);
+      products.values(out, probabilities, v_at.stage());
       wgmma_commit();
       wgmma_wait<0>(out, probabilities);
-      release(pipeline.v_empty[v_at.stage]);
+      release(pipeline.v_empty[v_at.stage()]);
       v_at.advance();
     }
     store_rows<T, D>(p, at, group, out, rows, scale);
