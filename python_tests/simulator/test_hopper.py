@@ -112,7 +112,9 @@ MUTATIONS = {
         "        wgmma_wait<1>(s);\n        release(pipeline.k_empty[k_at.stage()]);",
         "        release(pipeline.k_empty[k_at.stage()]);\n        wgmma_wait<1>(s);",
     ),
-    "V used before it is there": Mutation(KERNEL, "mbarrier_wait(pipeline.v_full[v_at.stage()], v_at.parity());", "", ""),
+    "V used before it is there": Mutation(
+        KERNEL, "mbarrier_wait(pipeline.v_full[v_at.stage()], v_at.parity());", "", ""
+    ),
     "the next queries loaded while these are used": Mutation(
         KERNEL, "mbarrier_wait(pipeline.q_empty, q_parity ^ 1);", ""
     ),
