@@ -46,7 +46,7 @@ struct Producer {
   }
 
   __device__ __forceinline__ void load(const QueryItem& item, int b) {
-    const int q0 = item.tile * kQueries, stage = at.stage, head = item.head - b * p.H;
+    const int q0 = item.tile * kQueries, stage = at.stage(), head = item.head - b * p.H;
     constexpr int kBytes = kQueries * static_cast<int>(sizeof(QueryStatistics));
     const int64_t queries = int64_t{(p.Lq + kQueries - 1) / kQueries} * kQueries;
     pipeline.item[stage] = item;
@@ -66,15 +66,15 @@ struct Producer {
       if constexpr (kDeterministic) {
         item.turn = QueryTurns::turn(keys.tile, [&](int tile) { return classes(mask, tile, item.tile) != 0; });
       }
-      mbarrier_wait(pipeline.empty[at.stage], at.parity ^ 1);
+      mbarrier_wait(pipeline.empty[at.stage()], at.parity() ^ 1);
       if (lane_of() == 0) load(item, keys.b);
       at.advance();
     }
-    mbarrier_wait(pipeline.empty[at.stage], at.parity ^ 1);
+    mbarrier_wait(pipeline.empty[at.stage()], at.parity() ^ 1);
     if (lane_of() == 0) {
-      pipeline.item[at.stage] = {QueryItem::kEnd, 0, 0, 0};
-      mbarrier_arrive(pipeline.q_full[at.stage]);
-      mbarrier_arrive(pipeline.dout_full[at.stage]);  // its parity goes with q_full's
+      pipeline.item[at.stage()] = {QueryItem::kEnd, 0, 0, 0};
+      mbarrier_arrive(pipeline.q_full[at.stage()]);
+      mbarrier_arrive(pipeline.dout_full[at.stage()]);  // its parity goes with q_full's
     }
     at.advance();
   }
@@ -215,24 +215,24 @@ __device__ __forceinline__ void consume(const HopperBackwardParams& p, BackwardT
     uint32_t left_p[kHalves][4][4], left_ds[kHalves][4][4];
     // When the next Q tile is there, or the end.
     const auto next_is_end = [&] {
-      mbarrier_wait(pipeline.q_full[at.stage], at.parity);
-      return pipeline.item[at.stage].tile == QueryItem::kEnd;
+      mbarrier_wait(pipeline.q_full[at.stage()], at.parity());
+      return pipeline.item[at.stage()].tile == QueryItem::kEnd;
     };
     bool ends = next_is_end();
     mbarrier_wait(pipeline.v_full, parity);
     if (!ends) {  // a branch round all products
       wgmma_fence(s, dk, dv);
-      products.scores(s, at.stage);
+      products.scores(s, at.stage());
       wgmma_commit();
       for (;;) {
-        const TileClass held = pipeline.item[at.stage].of(group);
+        const TileClass held = pipeline.item[at.stage()].of(group);
         uint32_t bits[kHalves] = {};
-        if (held == TileClass::kBits) mask.tile(bits, pipeline.item[at.stage].tile * kQueries);
-        mbarrier_wait(pipeline.dout_full[at.stage], at.parity);
+        if (held == TileClass::kBits) mask.tile(bits, pipeline.item[at.stage()].tile * kQueries);
+        mbarrier_wait(pipeline.dout_full[at.stage()], at.parity());
         wgmma_fence(dp);
-        products.probability_gradients(dp, at.stage);
+        products.probability_gradients(dp, at.stage());
         wgmma_commit();
-        const QueryStatistics* const queries = tiles.statistics[at.stage];
+        const QueryStatistics* const queries = tiles.statistics[at.stage()];
         wgmma_wait<1>(s);
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
@@ -240,7 +240,7 @@ __device__ __forceinline__ void consume(const HopperBackwardParams& p, BackwardT
           probabilities_of(s, half, queries, scale);
           pack_half<T>(left_p[half], s, half);
           wgmma_fence(dv, left_p[half]);
-          products.value_gradients(dv, left_p[half], at.stage, half);
+          products.value_gradients(dv, left_p[half], at.stage(), half);
           wgmma_commit();
           if (half == 0) wgmma_wait<1>(dp);
           score_gradients(dp, s, half, queries);
@@ -252,7 +252,7 @@ __device__ __forceinline__ void consume(const HopperBackwardParams& p, BackwardT
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
           wgmma_fence(dk, left_ds[half]);
-          products.key_gradients(dk, left_ds[half], at.stage, half);
+          products.key_gradients(dk, left_ds[half], at.stage(), half);
         }
         wgmma_commit();
         mbarrier_wait(pipeline.ds_full, buffer);
@@ -260,7 +260,7 @@ __device__ __forceinline__ void consume(const HopperBackwardParams& p, BackwardT
         products.query_gradients(dq, buffer);
         wgmma_commit();
         buffer ^= 1;
-        const int last = at.stage;
+        const int last = at.stage();
         at.advance();
         ends = next_is_end();
         wgmma_wait<0>(dk, dv, dq);
@@ -271,12 +271,12 @@ __device__ __forceinline__ void consume(const HopperBackwardParams& p, BackwardT
           break;
         }
         wgmma_fence(s);
-        products.scores(s, at.stage);
+        products.scores(s, at.stage());
         wgmma_commit();
         add_to_sums<D, kDeterministic>(p, item, group, dq);
       }
     }
-    release(pipeline.empty[at.stage]);  // of the end
+    release(pipeline.empty[at.stage()]);  // of the end
     at.advance();
     release(pipeline.keys_empty);
     store_gradients<T, D>(p, ticket, group, dk, dv);

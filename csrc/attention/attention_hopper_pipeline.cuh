@@ -7,31 +7,42 @@
 
 namespace diffullama {
 
-// A tile of keys for the consumers; after the last one of a tile of queries comes kEnd.
+// A tile of keys for the consumers; after the last one of a tile of queries comes kEnd, after the last queries kStop.
 struct KeyTile {
-  static constexpr int kEnd = -1;
+  static constexpr int kEnd = -1, kStop = -2;
 
   int tile;
   uint32_t classes;  // two bits a consumer: TileClass of its queries
+  int queries;       // number of the tile of queries
 
   __device__ TileClass of(int group) const { return static_cast<TileClass>(classes >> 2 * group & 3u); }
 };
 
-// The thread's warpgroup, the same in all lanes, as the compiler learns from the shuffle: what is made of it, descriptors
-// above all, stays in uniform registers.
+// The thread's warpgroup, the same in all lanes, as the compiler learns from the shuffle: what is made of it,
+// descriptors above all, stays in uniform registers.
 __device__ __forceinline__ int uniform_warpgroup() {
   return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
 }
 
-// Slot and parity of a ring's next use.
-template <int kStages>
+// Slot and parity of a ring's next use; one register where the slots are a power of two.
+template <int kStages, bool kPowerOfTwo = (kStages & (kStages - 1)) == 0>
 struct RingPlace {
-  int stage = 0, parity = 0;
+  uint32_t uses = 0;
 
+  __device__ __forceinline__ int stage() const { return static_cast<int>(uses % kStages); }
+  __device__ __forceinline__ int parity() const { return static_cast<int>(uses / kStages % 2); }
+  __device__ __forceinline__ void advance() { ++uses; }
+};
+template <int kStages>
+struct RingPlace<kStages, false> {
+  int slot = 0, odd = 0;
+
+  __device__ __forceinline__ int stage() const { return slot; }
+  __device__ __forceinline__ int parity() const { return odd; }
   __device__ __forceinline__ void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
-    parity ^= 1;
+    if (++slot < kStages) return;
+    slot = 0;
+    odd ^= 1;
   }
 };
 
