@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launches: starting the threads of blocks, choosing who runs, noticing that nobody can.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -242,6 +243,12 @@ void run_blocks(uint64_t first, size_t n) {
     state.error = "a block ends while TMA loads are under way";
 }
 
+// Neighbours of an ordinary grid that run at the same time, asked anew for each launch.
+uint64_t blocks_together() {
+  const char* value = std::getenv("DIFFULLAMA_SIMULATED_BLOCKS");
+  return std::max<uint64_t>(value ? std::strtoull(value, nullptr, 10) : 1, 1);
+}
+
 std::mutex launching;
 
 }  // namespace
@@ -262,12 +269,12 @@ bool run(const Shape& shape, const std::function<void()>& body) {
   blockDim = {shape.block[0], shape.block[1], shape.block[2]};
   publish(&state.body);
   const uint64_t n_blocks = uint64_t{shape.grid[0]} * shape.grid[1] * shape.grid[2];
-  const uint64_t together = shape.cooperative ? n_blocks : shape.cluster;
-  std::vector<uint64_t> order(n_blocks / together);
+  const uint64_t together = shape.cooperative ? n_blocks : shape.cluster > 1 ? shape.cluster : blocks_together();
+  std::vector<uint64_t> order((n_blocks + together - 1) / together);
   std::iota(order.begin(), order.end(), 0);
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_below(i)]);
   for (const uint64_t group : order) {
-    run_blocks(group * together, together);
+    run_blocks(group * together, std::min(together, n_blocks - group * together));
     if (!state.error.empty()) break;
   }
   state.blocks.clear();

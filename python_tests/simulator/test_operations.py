@@ -105,6 +105,20 @@ def test_sums_of_floats(call: Callable[..., int], rng: np.random.Generator) -> N
     assert (four == -2 + value.sum() * np.arange(1, 5)).all()
 
 
+def test_turns_order_sums_of_floats(call: Callable[..., int], rng: np.random.Generator) -> None:
+    """Blocks that run together add as one after the other does: every rounding is that of a loop."""
+    blocks, n = 50, 4
+    value = (rng.standard_normal(blocks) * 10.0 ** rng.integers(-3, 4, blocks)).astype(np.float32)
+    sums, counters = np.zeros((n, 32), np.float32), np.zeros(1 + n, np.int32)
+    assert call("turns", value, sums, counters, blocks, n) == SUCCESS
+    for i in range(n):
+        expected = np.float32(0)
+        for k in range(blocks):
+            if (k + i) % 3 != 1:
+                expected += value[k]
+        assert (sums[i] == expected).all()
+
+
 @pytest.mark.parametrize("cluster", [1, 2, 8, 16])
 def test_cluster_shared_memory(call: Callable[..., int], rng: np.random.Generator, cluster: int) -> None:
     value = rng.integers(0, 1000, 16).astype(np.int32)

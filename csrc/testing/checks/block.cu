@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../../attention/attention_query_sums.cuh"
 #include "../../common/cuda_block.cuh"
 #include "../../common/launch.h"
 
@@ -93,6 +94,29 @@ __global__ void reduce_kernel(const float* in, float* one, float* four, int n) {
   reduce_add(four, make_float4(in[i], 2 * in[i], 3 * in[i], 4 * in[i]));
 }
 
+// Block k by its ticket adds in[k] to those of n sums that it visits, in turn: the order of the additions is that of k.
+__global__ void turns_kernel(const float* in, float* sums, int* counters, int n) {
+  struct Shared {
+    int ticket;
+  };
+  Shared& shared = static_shared<Shared>();
+  const QueryTurns turns{counters};
+  if (threadIdx.x == 0) shared.ticket = turns.ticket();
+  __syncthreads();
+  const int k = shared.ticket;
+  for (int i = 0; i < n; ++i) {
+    const auto visits = [&](int block) { return (block + i) % 3 != 1; };
+    if (!visits(k)) continue;
+    const int turn = QueryTurns::turn(k, visits);
+    if (threadIdx.x == 0) turns.wait(i, turn);
+    __syncthreads();
+    reduce_add(sums + i * kWarp + threadIdx.x, in[k]);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) turns.pass(i, turn);
+  }
+}
+
 struct ClusterShared {
   int value;
 };
@@ -160,6 +184,10 @@ cudaError_t check_atomics(const int* in, int* out, unsigned long long* wide, int
 
 cudaError_t check_reduce(const float* in, float* one, float* four, int n) {
   return launch(reduce_kernel, (n + 63) / 64, 64, 0, nullptr, in, one, four, n);
+}
+
+cudaError_t check_turns(const float* in, float* sums, int* counters, int blocks, int n) {
+  return launch_cooperative(turns_kernel, blocks, kWarp, 0, nullptr, in, sums, counters, n);
 }
 
 cudaError_t check_cluster(const int* in, int* out, int blocks, int cluster) {
