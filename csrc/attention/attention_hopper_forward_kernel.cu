@@ -12,7 +12,7 @@
 //   bound    : tensor cores at D = 128; at D = 64 the exponentials come first
 // Method: Shah et al., "FlashAttention-3" (2024), sections 3.1 and 3.2; softmax as in attention_forward_kernel.cu.
 // Run in the simulator only; not yet run on a GPU.
-// ptxas spills at most 56 B of attention_hopper_forward_kernel, all of the producer, which has 32 or 40 registers.
+// ptxas spills at most 48 B of attention_hopper_forward_kernel, all of the producer, which has 32 or 40 registers.
 #include "../common/launch.h"
 #include "attention_hopper_map.h"
 #include "attention_hopper_mask.cuh"

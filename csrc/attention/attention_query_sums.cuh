@@ -55,6 +55,7 @@ __device__ __forceinline__ float4 read_fragment(const float* fragment) {
 //   a barrier;   all add, then __threadfence(); a barrier
 //   one thread:  turns.pass(query_tile, turn)
 //
+// Warps that add to fragments of their own can take such turns one by one, without barriers.
 // Blocks must go through the tiles of queries in the same order, or two could wait for each other.
 struct QueryTurns {
   int* counters;  // the next ticket, then how many have added, by tile of queries; zeros at launch
