@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // mbarrier, TMA loads and wgmma on the host, for csrc/common/hopper.cuh. Copies and products happen at once or late, as
-// the generator decides: a copy at the latest when nobody can run without it, a warp's part of a product when all its
-// lanes wait for it.
+// the generator decides: a copy at the latest when nobody can run without it or threads spin, a warp's part of a
+// product when all its lanes wait for it.
 #pragma once
 
 #include <cstdint>

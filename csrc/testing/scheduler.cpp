@@ -87,8 +87,13 @@ Thread* take_runnable() {
 
 }  // namespace
 
+// Visits of scheduling points without a barrier passed or a thread ended: after so many, some thread may spin on what
+// needs a late copy; after so many more, spinning is called hopeless.
+constexpr uint64_t kSpinning = 20'000, kHopeless = 20'000'000;
+
 void run_next(Context& from, bool from_ends) {
-  if (!state.copies.empty() && random_below(64) == 0) perform_a_copy(false);
+  const bool spinning = state.visits > kSpinning;
+  if (spinning || (!state.copies.empty() && random_below(64) == 0)) perform_a_copy(spinning);
   Thread* next = take_runnable();
   while (next == nullptr && state.n_alive > 0 && perform_a_copy(true)) next = take_runnable();
   if (next == nullptr) {
@@ -114,9 +119,6 @@ void fail(const std::string& message) {
   state.host->resume(state.current->context, true);
   std::abort();
 }
-
-// Visits of scheduling points without a barrier passed or a thread ended, after which spinning is called hopeless.
-constexpr uint64_t kHopeless = 20'000'000;
 
 void scheduling_point() {
   Thread* self = state.current;

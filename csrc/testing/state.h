@@ -138,7 +138,7 @@ struct State {
   std::vector<Block> blocks;  // alive: one, a cluster, or the grid
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warp*> active;                 // those with runnable lanes
-  std::vector<BoxCopy> copies, late_copies;  // TMA loads under way; the late ones wait until nobody can run
+  std::vector<BoxCopy> copies, late_copies;  // TMA loads under way; the late ones wait until nobody can run, or spin
   Favour favour = Favour::kNone;
   Thread* current = nullptr;
   size_t n_alive = 0;

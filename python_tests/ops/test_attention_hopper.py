@@ -108,6 +108,17 @@ def test_any_order_of_sums(device: str, width: int) -> None:
     torch.testing.assert_close(got[2], ordered[2], rtol=2.0**-7, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", ["blocks", "bits of each"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_sums_in_order(device: str, width: int, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that run together wait for their turns, which skipped tiles do not take."""
+    i = inputs_of(Case(300, 700, width, F16, (2, 1), mask, "left"), device)
+    expected = run(i)
+    for blocks in (2, 3):
+        monkeypatch.setenv("DIFFULLAMA_SIMULATED_BLOCKS", str(blocks))
+        assert_all_equal(run(i), expected)
+
+
 def test_transposed_fragments_are_made_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the mask, for a call that has a backward; the op itself does without."""
     i = inputs_of(Case(70, 70, 64, F16, (2, 2), "bits"), device)
