@@ -92,6 +92,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' AttentionInterface, over :func:`diffullama_ext.attention`.
 
+    Gradients repeat bit for bit on CUDA under ``torch.use_deterministic_algorithms(True)``.
+
     Args:
         module: the calling attention layer.
         query: [B, H, Lq, D]; key, value: [B, Hkv, Lk, D] with their own number of heads.
