@@ -56,7 +56,8 @@ def _counts_for_host(batch: NoisedBatch) -> Callable[[], tuple[int | None, bool]
     if torch.compiler.is_compiling():  # a number would be a constant of the graph
         return lambda: (None, False)
     if scored.device.type != "cuda":
-        return lambda: (None, not bool((scored | scorable).any()))
+        is_empty = not bool((scored | scorable).any())
+        return lambda: (None, is_empty)
     if torch.cuda.is_current_stream_capturing():  # replays have other counts: bound them all
         return lambda: (scored.numel(), False)
     counts = torch.empty(2, dtype=torch.int64, pin_memory=True)
@@ -65,8 +66,6 @@ def _counts_for_host(batch: NoisedBatch) -> Callable[[], tuple[int | None, bool]
     copied.record(torch.cuda.current_stream(scored.device))
 
     def read() -> tuple[int | None, bool]:
-        if torch.compiler.is_compiling():
-            return None, False
         copied.synchronize()
         n_scored, n_scorable = counts.tolist()
         return n_scored, n_scored == 0 and n_scorable == 0
@@ -153,6 +152,8 @@ class DiffusionObjective:
         normalizer = self.config.normalizer if normalizer is None else normalizer
         score = self._score(batch, streams, counts, teacher, normalizer)
         loss, *stats = forward_to_score(model, streams.inputs, score)
+        if counts()[1]:
+            self._count_empty_batch()
         return ObjectiveOutput(loss, LossStats(*stats), batch.scored, batch.t)
 
     def denominator(
@@ -273,9 +274,7 @@ class DiffusionObjective:
         shift = self.config.shift and streams.rows is None
 
         def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> tuple[Tensor, ...]:
-            max_scored, is_empty = counts()
-            if is_empty:
-                self._count_empty_batch()
+            max_scored = None if torch.compiler.is_compiling() else counts()[0]
             loss, stats = linear_shifted_cross_entropy(
                 hidden if streams.rows is None else hidden.index_select(1, streams.rows),
                 weight,

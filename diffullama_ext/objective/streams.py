@@ -72,8 +72,7 @@ def _tiled(values: Tensor, xt: Tensor) -> Tensor:
 
 
 def _inputs(input_ids: Tensor, mask: AttentionMask, how: Attending, copies: int) -> dict[str, object]:
-    """logits_to_keep: the model's own logits are not used."""
-    inputs: dict[str, object] = {"input_ids": input_ids, "diffusion_mask": mask, "logits_to_keep": 1}
+    inputs: dict[str, object] = {"input_ids": input_ids, "diffusion_mask": mask}
     if how.attention_mask is not None:
         inputs["attention_mask"] = _tiled(how.attention_mask, input_ids).repeat(1, copies)
     position = _positions(how, input_ids.shape[1] // copies, copies, input_ids.device)
