@@ -62,6 +62,15 @@ def head_weight(head: Any) -> Tensor:
     return head.weight if adapter is None else adapter.get_merged_weights(adapter.active_adapters)
 
 
+def check_attention(causal_lm: Any) -> None:
+    """ValueError where the model's attention would drop a diffusion_mask without a word."""
+    if causal_lm.config._attn_implementation != "diffullama":
+        raise ValueError(
+            f"the model's attention must be 'diffullama', got {causal_lm.config._attn_implementation!r}; "
+            "call diffullama_ext.integrations.prepare(model)"
+        )
+
+
 def forward_to_score(model: nn.Module, inputs: dict[str, object], score: Score) -> tuple[Tensor, ...]:
     """Call ``model`` so that its forward returns score(hidden, weight, bias, softcap).
 
@@ -76,11 +85,7 @@ def forward_to_score(model: nn.Module, inputs: dict[str, object], score: Score) 
             f"the head is a {type(head).__name__} of an adapter, whose weight is not all of it: leave it out of "
             "target_modules, or train it whole by modules_to_save"
         )
-    if causal_lm.config._attn_implementation != "diffullama":  # any other drops diffusion_mask without a word
-        raise ValueError(
-            f"the model's attention must be 'diffullama', got {causal_lm.config._attn_implementation!r}; "
-            "call diffullama_ext.integrations.prepare(model)"
-        )
+    check_attention(causal_lm)
     softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
     made: list[tuple[Tensor, ...]] = []
     last: list[Tensor] = []  # logits of the last token, the head's and the model's

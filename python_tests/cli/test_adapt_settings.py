@@ -45,7 +45,7 @@ def test_yaml_and_flags_mean_the_same(run, models, text_file, tmp_path):
 
 
 def test_later_sources_win_and_objectives_merge(tmp_path):
-    (tmp_path / "a.yaml").write_text("steps: 50\nobjective: {t_min: 0.01}\nlearning-rate: 1e-4\nanneal_steps: 5\n")
+    (tmp_path / "a.yaml").write_text("steps: 50\nobjective: {t_min: 0.01}\nlearning-rate: 1e-4\nanneal_steps: 5\nwarmup_steps: 4\n")
     config = AdaptConfig.resolve("diffugpt-s", tmp_path / "a.yaml", {"steps": 60})
     assert (config.steps, config.learning_rate, config.length, config.mask_token) == (60, 1e-4, 512, "10541")
     assert config.objective_config(mask_id=3) == ObjectiveConfig.recipe("diffullama", mask_id=3, t_min=0.01)
