@@ -120,7 +120,9 @@ class AdaptConfig:
             raise ValueError("shift must be given as a setting of its own, not in objective")
         if (self.teacher is not None) != (self.objective.get("distill_weight", 0) != 0):
             weight = self.objective.get("distill_weight", 0)
-            raise ValueError(f"teacher and a distill_weight above 0 need each other, got {self.teacher!r} and {weight!r}")
+            raise ValueError(
+                f"teacher and a distill_weight above 0 need each other, got {self.teacher!r} and {weight!r}"
+            )
 
     # --- sources of settings ------------------------------------------------------------------------------------------
 
