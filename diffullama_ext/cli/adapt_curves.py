@@ -50,7 +50,8 @@ class Curves:
     def __init__(
         self, path: Path, held: Mapping[str, Tensor], block_length: int | None, batch_size: int, report: Report
     ) -> None:
-        self.path, self.held, self.block_length = path, held, block_length
+        self.path, self.block_length = path, block_length
+        self.held: dict[str, Any] = dict(held)
         self.batch_size, self.report = batch_size, report
         self.by_step: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         self.last: dict[str, Scores] = {}
