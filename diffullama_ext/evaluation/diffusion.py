@@ -202,8 +202,8 @@ def diffusion_scores(
         blocks: [N, L] int32 or int64, held-out tokens; sequence i of the estimates is block i.
         config: the draws; None is ``EvaluationConfig()``.
         mask_id, shift: of the model (``DiffusionConfig.of(model)``). With the shift token 0 of a block is never scored.
-        maskable, attention_mask, document_ids: [N, L], as of :class:`DiffusionObjective`: prompts and padding are neither
-            noised nor scored nor counted.
+        maskable, attention_mask, document_ids: [N, L], as of :class:`DiffusionObjective`: prompts and padding are
+            neither noised nor scored nor counted.
         block_length: of block diffusion: a noised block is predicted from itself and the clean blocks before it. All
             blocks of a sequence have one level, so the figures are by t as without blocks; since no block sees another
             one noised, their sum has the expectation that a level for each block gives.

@@ -15,7 +15,10 @@ from diffullama_ext.cli import adapt_curves
 from diffullama_ext.integrations import DiffusionConfig
 
 QUICK = ("--sft", "--steps", 6, "--length", 24, "--batch-size", 4, "--learning-rate", 0.01, "--device", "cpu")
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def write_rows(path, rows):

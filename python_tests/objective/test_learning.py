@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A language whose every masked token has a known distribution is learned by every kind of objective.
 
-The language is a Markov chain over K words: the next word in a cycle with probability 1 - SLIP, else another, uniformly;
-the first word is given. What a model can know of a noised token is its posterior given all that the model reads, which
-the forward-backward algorithm computes exactly. No model is better than that on average, and one that has learned
-nothing but the words costs log K a token.
+The language is a Markov chain over K words: the next word of a cycle with probability 1 - SLIP, else another,
+uniformly; the first word is given. What a model can know of a noised token is its posterior given all that the model
+reads, which the forward-backward algorithm computes exactly. No model is better than that on average, and one that has
+learned nothing but the words costs log K a token.
 
-The bar was set before any run, and the length of the training after it: a model must have learned 85 % of what lies between log K and the posterior. The other
-side, that none beats the posterior, leaves 0.03 nats for chance: with n > 700 scored tokens and a divergence d < 0.15
-the mean of a log-ratio has a standard error below sqrt(2 d / n) = 0.02.
+The bar was set before any run, and the length of the training to meet it: a model must have learned 85 % of what lies
+between log K and the posterior. The other side, that none beats the posterior, leaves 0.03 nats for chance: with
+n > 700 scored tokens and a divergence d < 0.15 the mean of a log-ratio has a standard error below sqrt(2 d / n) = 0.02.
 """
 
 import math
