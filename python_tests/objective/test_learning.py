@@ -8,8 +8,9 @@ learned nothing but the words costs log K a token.
 
 Two bars, none of them from a result; the length of the training is set to meet them. A model must have learned 85 % of
 what lies between log K and the posterior. And it must be better than the posterior given only what stands before a
-token, which is the best that causal attention can do. The other side, that none beats the posterior, leaves 0.03 nats for chance: with
-n > 700 scored tokens and a divergence d < 0.15 the mean of a log-ratio has a standard error below sqrt(2 d / n) = 0.02.
+token, which is the best that causal attention can do. The other side, that none beats the posterior, leaves 0.03 nats
+for chance: with n > 700 scored tokens and a divergence d < 0.15 the mean of a log-ratio has a standard error below
+sqrt(2 d / n) = 0.02.
 """
 
 import math
