@@ -181,7 +181,7 @@ class _Curves:
 
 
 def _is_in_parts(trainer: Any) -> bool:
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    return bool(trainer.is_sharded)
 
 
 def _trainer(
