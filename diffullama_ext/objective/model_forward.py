@@ -95,6 +95,8 @@ def forward_to_score(model: nn.Module, inputs: dict[str, object], score: Score) 
     expected: list[Tensor] = []
 
     def at_decoder(module: nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
+        if hasattr(head, "unshard"):  # FSDP2 sharded the head alone, and gathers it after the decoder
+            head.unshard()
         hidden, bias = output[0], getattr(head, "bias", None)
         weight = head_weight(head)
         made.append(score(hidden, weight, bias, softcap))
