@@ -80,12 +80,13 @@ def launch(
     settings = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
     settings |= {"num_processes": 2, "mixed_precision": "no", "use_cpu": True, "main_process_port": free_port()}
     environment = _environment(killed_at)
-    if "fsdp_config" in settings:  # which `accelerate launch` drops on the CPU: as its environment has it elsewhere
-        environment |= {"ACCELERATE_USE_FSDP": "true"}
-        environment |= {name.upper(): str(value) for name, value in settings.pop("fsdp_config").items()}
-        settings["distributed_type"] = "MULTI_CPU"
     (folder / f"{config}.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--config_file", f"{config}.yaml"]
+    if "fsdp_config" in settings:  # which `accelerate launch` drops on the CPU: the environment that it makes of it
+        environment |= {name.upper(): str(value).lower() for name, value in settings["fsdp_config"].items()}
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+        environment |= {"FSDP_STATE_DICT_TYPE": settings["fsdp_config"]["fsdp_state_dict_type"]}
+        command = [*command[:4], "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     command += ["program.py", "adapt", *SETTINGS, "--batch-size", "2", "--accumulate", "2", "--out", out, *options]
     done = subprocess.run(command, cwd=folder, env=environment, timeout=300, capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
