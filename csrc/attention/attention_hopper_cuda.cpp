@@ -55,8 +55,12 @@ std::tuple<Tensor, Tensor> attention_hopper_cuda(const Tensor& q, const Tensor& 
   p.v = operand(v_rows);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
+  // Tile classes and padding leave some queries less work than others.
+  std::optional<Tensor> taken;
+  if (!causal && (tile_classes || key_padding)) taken = zeros_like_device(q, {1}, ScalarType::Int);
+  int* const counter = taken ? taken->mutable_data_ptr<int32_t>() : nullptr;
   check_launch("attention_hopper_forward_kernel",
-               launch_attention_hopper(p, mask_fragments, static_cast<int>(s.D), is_half(q), stream));
+               launch_attention_hopper(p, mask_fragments, counter, static_cast<int>(s.D), is_half(q), stream));
   return {out, lse};
 }
 

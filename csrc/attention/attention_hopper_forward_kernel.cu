@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention forward on sm_90a: TMA and wgmma, one producer warpgroup and two or three consumers of 64 queries.
-//   producer : one thread chooses the tiles of keys that the mask leaves, says which (a KeyTile beside each K tile),
-//   and
+//   producer : one warp chooses the tiles of keys that the mask leaves, says which (a KeyTile beside each K tile), and
 //              keeps the rings of K and V full
 //   consumer : S = Q K^T of the next tile and O += P V of this one run while the softmax of the next waits only for S;
 //              the consumers take turns at issuing products, so that one's softmax falls into another's products
 //   mask     : one loop; a tile of which bits are needed takes one 8-byte load a thread (fragment_mask), issued before
 //   S
 //              is there, and a predicated move a score; padding, causal order and the last key end in the same bits
-//   schedule : a block a multiprocessor goes through the tiles of queries, or one a tile where they differ in work
+//   schedule : a block a multiprocessor goes through the tiles of queries in fixed steps; or takes the next one from a
+//              counter where the mask makes them differ in work; or has one alone, the longest first (causal)
 //   bound    : tensor cores at D = 128; at D = 64 the exponentials come first
 // Method: Shah et al., "FlashAttention-3" (2024), sections 3.1 and 3.2; softmax as in attention_forward_kernel.cu.
 // Run in the simulator only; not yet run on a GPU.
+// ptxas spills at most 56 B of attention_hopper_forward_kernel, all of the producer, which has 32 or 40 registers.
 #include "../common/launch.h"
 #include "../common/tensor_map.h"
 #include "attention_hopper_mask.cuh"
@@ -30,6 +31,7 @@ struct HopperForwardParams {
   float scale;
   void* out;
   float* lse;
+  int* taken;  // 0 at first: tiles of queries taken beyond the first of each block; null: fixed steps
 };
 
 template <int D>
@@ -83,6 +85,13 @@ __device__ __forceinline__ int query_tiles(const HopperForwardParams& p, int row
 
 // --- producer
 
+// The next number of a counter that every warp takes from.
+__device__ __forceinline__ int take(int* counter) {
+  int taken = 0;
+  if (lane_of() == 0) taken = atomicAdd(counter, 1);
+  return __shfl_sync(kAllLanes, taken, 0);
+}
+
 template <class T, int kPanels, int kRows>
 __device__ __forceinline__ void load_panels(T (&to)[kPanels][kRows][kPanel], const CUtensorMap& map, Mbarrier& barrier,
                                             int row, int head, int b) {
@@ -91,40 +100,65 @@ __device__ __forceinline__ void load_panels(T (&to)[kPanels][kRows][kPanel], con
   for (int i = 0; i < kPanels; ++i) tma_load(to[i], map, barrier, i * kPanel, row, head, b);
 }
 
+// What the tiles of keys hold for the queries at q0, two bits a consumer.
+template <int kGroups>
+__device__ __forceinline__ uint32_t classes_of(const SequenceMask& mask, int q0, int key_tile) {
+  uint32_t classes = 0;
+#pragma unroll 1  // registers are few here
+  for (int g = 0; g < kGroups; ++g) {
+    if (q0 + 64 * g >= mask.Lq) break;  // kNothing
+    const TileClass held = mask.template tile<64, kHopperColumns>(q0 + 64 * g, key_tile * kHopperColumns);
+    classes |= static_cast<uint32_t>(held) << 2 * g;
+  }
+  return classes;
+}
+
+// One warp: its lanes look at a tile of keys each, then the first goes through those that are needed.
 template <class T, int D>
 __device__ __forceinline__ void produce(const HopperForwardParams& p, SharedTiles<T, D>& tiles, Pipeline<D>& pipeline) {
   constexpr HopperAttentionTile kTile = hopper_attention_tile(D);
   RingPlace<kTile.stages> k_at, v_at;
+  const auto next_item = [&](KeyTile item) {
+    mbarrier_wait(pipeline.k_empty[k_at.stage()], k_at.parity() ^ 1);
+    pipeline.item[k_at.stage()] = item;
+  };
   int q_parity = 0;
-  const int n = query_tiles(p, kTile.rows()), n_key_tiles = (p.Lk + kHopperColumns - 1) / kHopperColumns;
-  for (int index = static_cast<int>(blockIdx.x); index < n; index += static_cast<int>(gridDim.x)) {
+  for (int index = static_cast<int>(blockIdx.x); index < query_tiles(p, kTile.rows());) {
     const QueryTile at(p, index, kTile.rows());
-    const SequenceMask mask{p.mask, at.b, p.Lq, p.Lk};
-    mbarrier_wait(pipeline.q_empty, q_parity ^ 1);
-    q_parity ^= 1;
-    load_panels(tiles.q, p.q, pipeline.q_full, at.q0, at.h, at.b);
-    for (int tile = 0; tile < n_key_tiles; ++tile) {
-      KeyTile item{tile, 0};
-#pragma unroll
-      for (int g = 0; g < kTile.groups; ++g) {
-        const int q0 = at.q0 + 64 * g;
-        if (q0 >= p.Lq) continue;  // kNothing
-        const TileClass held = mask.template tile<64, kHopperColumns>(q0, tile * kHopperColumns);
-        item.classes |= static_cast<uint32_t>(held) << 2 * g;
-      }
-      if (item.classes == 0) continue;
-      mbarrier_wait(pipeline.k_empty[k_at.stage], k_at.parity ^ 1);
-      pipeline.item[k_at.stage] = item;
-      load_panels(tiles.k[k_at.stage], p.k, pipeline.k_full[k_at.stage], tile * kHopperColumns, at.kv_head, at.b);
-      k_at.advance();
-      mbarrier_wait(pipeline.v_empty[v_at.stage], v_at.parity ^ 1);
-      load_panels(tiles.v[v_at.stage], p.v, pipeline.v_full[v_at.stage], tile * kHopperColumns, at.kv_head, at.b);
-      v_at.advance();
+    if (lane_of() == 0) {
+      mbarrier_wait(pipeline.q_empty, q_parity ^ 1);
+      load_panels(tiles.q, p.q, pipeline.q_full, at.q0, at.h, at.b);
     }
-    mbarrier_wait(pipeline.k_empty[k_at.stage], k_at.parity ^ 1);
-    pipeline.item[k_at.stage] = {KeyTile::kEnd, 0};
-    mbarrier_arrive(pipeline.k_full[k_at.stage]);
+    q_parity ^= 1;
+    for (int first = 0; first * kHopperColumns < p.Lk; first += kWarp) {
+      const int mine = first + lane_of();
+      const uint32_t classes =
+          mine * kHopperColumns < p.Lk ? classes_of<kTile.groups>({p.mask, at.b, p.Lq, p.Lk}, at.q0, mine) : 0;
+      for (uint32_t needed = __ballot_sync(kAllLanes, classes != 0); needed != 0; needed &= needed - 1) {
+        const int lane = __ffs(static_cast<int>(needed)) - 1, tile = first + lane;
+        const uint32_t held = __shfl_sync(kAllLanes, classes, lane);
+        if (lane_of() == 0) {
+          next_item({tile, held, index});
+          load_panels(tiles.k[k_at.stage()], p.k, pipeline.k_full[k_at.stage()], tile * kHopperColumns, at.kv_head,
+                      at.b);
+          mbarrier_wait(pipeline.v_empty[v_at.stage()], v_at.parity() ^ 1);
+          load_panels(tiles.v[v_at.stage()], p.v, pipeline.v_full[v_at.stage()], tile * kHopperColumns, at.kv_head,
+                      at.b);
+        }
+        k_at.advance();
+        v_at.advance();
+      }
+    }
+    if (lane_of() == 0) {
+      next_item({KeyTile::kEnd, 0, index});
+      mbarrier_arrive(pipeline.k_full[k_at.stage()]);
+    }
     k_at.advance();
+    index = static_cast<int>(gridDim.x) + (p.taken ? take(p.taken) : index);
+  }
+  if (lane_of() == 0) {
+    next_item({KeyTile::kStop, 0, 0});
+    mbarrier_arrive(pipeline.k_full[k_at.stage()]);
   }
 }
 
@@ -194,25 +228,25 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
   const float scale = log2_scale(p.scale);
   RingPlace<kTile.stages> k_at, v_at;
   int q_parity = 0;
-  const int n = query_tiles(p, kTile.rows());
-  for (int index = static_cast<int>(blockIdx.x); index < n; index += static_cast<int>(gridDim.x)) {
-    const QueryTile at(p, index, kTile.rows());
+  // The next K tile's item, when that tile is there.
+  const auto next_item = [&] {
+    mbarrier_wait(pipeline.k_full[k_at.stage()], k_at.parity());
+    return pipeline.item[k_at.stage()];
+  };
+  for (;;) {
+    KeyTile item = next_item();
+    if (item.tile == KeyTile::kStop) break;
+    const QueryTile at(p, item.queries, kTile.rows());
     const FragmentBits mask(p.fragments, {p.mask, at.b, p.Lq, p.Lk}, at.q0 + 64 * group);
     SoftmaxRows rows;
     float s[16][4], out[D / 8][4] = {};
     uint32_t probabilities[8][4];
-    // The next K tile's item, when that tile is there.
-    const auto next_item = [&] {
-      mbarrier_wait(pipeline.k_full[k_at.stage], k_at.parity);
-      return pipeline.item[k_at.stage];
-    };
 
     mbarrier_wait(pipeline.q_full, q_parity);
     q_parity ^= 1;
-    KeyTile item = next_item();
     // Of the end that next_item has come to: this tile of queries is used up.
     const auto release_end = [&] {
-      release(pipeline.k_empty[k_at.stage]);
+      release(pipeline.k_empty[k_at.stage()]);
       k_at.advance();
       release(pipeline.q_empty);
     };
@@ -220,7 +254,7 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
       release_end();
     } else {  // a branch round all products: accumulators that meet after one make ptxas wait for every product
       wgmma_fence(s, out);
-      products.scores(s, k_at.stage);
+      products.scores(s, k_at.stage());
       wgmma_commit();
       wgmma_commit();  // of the product with V that later rounds have here
       for (bool first = true;; first = false) {
@@ -228,7 +262,7 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
         uint2 bits{0, 0};
         if (held == TileClass::kBits) bits = mask.tile(item.tile);
         wgmma_wait<1>(s);
-        release(pipeline.k_empty[k_at.stage]);
+        release(pipeline.k_empty[k_at.stage()]);
         k_at.advance();
         if (held != TileClass::kEverything) forbid_fragment(s, bits);
         float factor[2];
@@ -236,28 +270,28 @@ __device__ __forceinline__ void consume(const HopperForwardParams& p, const Shar
         settle(fminf(rows.sum[0], rows.sum[1]));
         wgmma_wait<0>(out, probabilities);
         if (!first) {
-          release(pipeline.v_empty[v_at.stage]);
+          release(pipeline.v_empty[v_at.stage()]);
           v_at.advance();
         }
         if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) scale_rows(out, factor);
         pack_left<T>(probabilities, s);
         item = next_item();
-        mbarrier_wait(pipeline.v_full[v_at.stage], v_at.parity);
+        mbarrier_wait(pipeline.v_full[v_at.stage()], v_at.parity());
         if (item.tile == KeyTile::kEnd) break;
         turns.wait();
         wgmma_fence(s, out, probabilities);
-        products.scores(s, k_at.stage);
+        products.scores(s, k_at.stage());
         wgmma_commit();
-        products.values(out, probabilities, v_at.stage);
+        products.values(out, probabilities, v_at.stage());
         wgmma_commit();
         turns.pass();
       }
       release_end();
       wgmma_fence(out, probabilities);
-      products.values(out, probabilities, v_at.stage);
+      products.values(out, probabilities, v_at.stage());
       wgmma_commit();
       wgmma_wait<0>(out, probabilities);
-      release(pipeline.v_empty[v_at.stage]);
+      release(pipeline.v_empty[v_at.stage()]);
       v_at.advance();
     }
     store_rows<T, D>(p, at, group, out, rows, scale);
@@ -280,7 +314,7 @@ __global__ void __launch_bounds__(hopper_attention_tile(D).threads(), 1)
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   if (warpgroup == 0) {
     lower_registers<kTile.producer_registers>();
-    if (threadIdx.x == 0) produce(p, tiles, pipeline);
+    if (threadIdx.x < kWarp) produce(p, tiles, pipeline);
   } else {
     raise_registers<kTile.consumer_registers>();
     consume(p, tiles, pipeline, warpgroup - 1);
@@ -300,7 +334,7 @@ cudaError_t encode(CUtensorMap& map, const AttentionOperand& t, bool is_half, in
 }
 
 template <class T, int D>
-cudaError_t launch_forward(const AttentionParams& p, const MaskFragments& fragments, bool is_half,
+cudaError_t launch_forward(const AttentionParams& p, const MaskFragments& fragments, int* taken, bool is_half,
                            cudaStream_t stream) {
   HopperForwardParams h{};
   h.fragments = fragments;
@@ -313,6 +347,7 @@ cudaError_t launch_forward(const AttentionParams& p, const MaskFragments& fragme
   h.scale = p.scale;
   h.out = p.out;
   h.lse = p.lse;
+  h.taken = taken;
   cudaError_t error = encode(h.q, p.q, is_half, p.B, p.H, p.Lq, D, hopper_attention_tile(D).rows());
   if (error == cudaSuccess) error = encode(h.k, p.k, is_half, p.B, p.Hkv, p.Lk, D, kHopperColumns);
   if (error == cudaSuccess) error = encode(h.v, p.v, is_half, p.B, p.Hkv, p.Lk, D, kHopperColumns);
@@ -328,12 +363,12 @@ cudaError_t launch_forward(const AttentionParams& p, const MaskFragments& fragme
 
 }  // namespace
 
-cudaError_t launch_attention_hopper(const AttentionParams& p, const MaskFragments& fragments, int D, bool is_half,
-                                    cudaStream_t stream) {
+cudaError_t launch_attention_hopper(const AttentionParams& p, const MaskFragments& fragments, int* taken, int D,
+                                    bool is_half, cudaStream_t stream) {
   const auto with_width = [&](auto type) {
     using T = typename decltype(type)::type;
-    return D == 128  ? launch_forward<T, 128>(p, fragments, is_half, stream)
-           : D == 64 ? launch_forward<T, 64>(p, fragments, is_half, stream)
+    return D == 128  ? launch_forward<T, 128>(p, fragments, taken, is_half, stream)
+           : D == 64 ? launch_forward<T, 64>(p, fragments, taken, is_half, stream)
                      : cudaErrorInvalidValue;
   };
   return is_half ? with_width(ElementType<__half>{}) : with_width(ElementType<__nv_bfloat16>{});

@@ -11,8 +11,9 @@ struct MaskFragments {
   int64_t batch;         // stride of M; 0 where the batch shares one mask
 };
 
-// The forward for D = 64 and 128 on sm_90a.
-cudaError_t launch_attention_hopper(const AttentionParams& p, const MaskFragments& fragments, int D, bool is_half,
-                                    cudaStream_t stream);
+// The forward for D = 64 and 128 on sm_90a. taken: a counter on the device that holds 0, from which blocks take tiles
+// of queries that differ in work; null where they do not.
+cudaError_t launch_attention_hopper(const AttentionParams& p, const MaskFragments& fragments, int* taken, int D,
+                                    bool is_half, cudaStream_t stream);
 
 }  // namespace diffullama

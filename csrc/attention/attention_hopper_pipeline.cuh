@@ -7,26 +7,26 @@
 
 namespace diffullama {
 
-// A tile of keys for the consumers; after the last one of a tile of queries comes kEnd.
+// A tile of keys for the consumers; after the last one of a tile of queries comes kEnd, after the last queries kStop.
 struct KeyTile {
-  static constexpr int kEnd = -1;
+  static constexpr int kEnd = -1, kStop = -2;
 
   int tile;
   uint32_t classes;  // two bits a consumer: TileClass of its queries
+  int queries;       // number of the tile of queries
 
   __device__ TileClass of(int group) const { return static_cast<TileClass>(classes >> 2 * group & 3u); }
 };
 
-// Slot and parity of a ring's next use.
+// Slot and parity of a ring's next use. One register.
 template <int kStages>
 struct RingPlace {
-  int stage = 0, parity = 0;
+  static_assert((kStages & (kStages - 1)) == 0);
+  uint32_t uses = 0;
 
-  __device__ __forceinline__ void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
+  __device__ __forceinline__ int stage() const { return static_cast<int>(uses % kStages); }
+  __device__ __forceinline__ int parity() const { return static_cast<int>(uses / kStages % 2); }
+  __device__ __forceinline__ void advance() { ++uses; }
 };
 
 // One arrival a warp, when all its lanes are done with what the barrier guards.

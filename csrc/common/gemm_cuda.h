@@ -11,6 +11,8 @@
 
 #include <dlfcn.h>
 
+#include <stdexcept>
+
 #include "tensor.h"
 
 // Exported by libtorch_cuda; torch's headers declare them only to CUDA builds of torch.
@@ -31,6 +33,10 @@ inline Tensor first_rows(Tensor& t, int64_t n) { return torch::stable::narrow(t,
 inline void gemm_into(Tensor& out, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
 }
+
+// cuBLAS fills what it is given.
+constexpr bool products_are_new(ScalarType) { return false; }
+inline Tensor new_product(const Tensor&, const Tensor&) { throw std::logic_error("cuBLAS makes no new tensor"); }
 
 // cublasGemmEx of the cuBLAS that torch has loaded: its 16-bit inputs with a float32 result accumulated in place (beta
 // 1), which no stable torch op offers. Null where it is not found.

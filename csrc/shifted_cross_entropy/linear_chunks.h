@@ -10,6 +10,8 @@
 //   int64_t n_rows() const                         scored tokens, or a bound on them that the host knows
 //   void gather(first, n, rows), losses(first, n, logits, with_grad), scatter(first, n, drows, dhidden),
 //   void add_column_sums(logits, n, dbias), Sums sums(loss_weight)
+// The device's products, included before this file: gemm_into and gemm_add, and where its library makes a new tensor
+// faster than it fills a given one, products_are_new(dtype) and new_product(a, b).
 #pragma once
 
 #include <algorithm>
@@ -75,6 +77,26 @@ inline Gradients make_gradients(const LinearProblem& p, GradientsNeeded needed) 
           zeros(needed.dweight, {p.V, p.H}, p.accum_dtype), zeros(needed.dbias, {p.V}, p.accum_dtype)};
 }
 
+// a b: new, or in the first rows of `room`.
+inline Tensor product_in(Tensor& room, const Tensor& a, const Tensor& b) {
+  if (products_are_new(a.scalar_type())) return new_product(a, b);
+  Tensor out = first_rows(room, a.size(0));
+  gemm_into(out, a, b);
+  return out;
+}
+
+// The rows that a product of n is made with: a new one is planned for its shape, which costs as much as 100 rows, so
+// the many n of a training share a few shapes.
+inline int64_t rows_of_product(int64_t n, ScalarType dtype) {
+  constexpr int64_t kStep = 128, kFrom = 4 * kStep;
+  return products_are_new(dtype) && n >= kFrom ? (n + kStep - 1) / kStep * kStep : n;
+}
+
+inline void zero_rows_from(Tensor& t, int64_t n) {
+  Tensor rest = torch::stable::narrow(t, 0, n, t.size(0) - n);
+  torch::stable::zero_(rest);
+}
+
 // Losses into the backend's nll; gradients of sum(scale * nll) where any are needed.
 template <class Backend>
 Gradients run_chunks(const LinearProblem& p, Backend& backend, GradientsNeeded needed) {
@@ -82,19 +104,21 @@ Gradients run_chunks(const LinearProblem& p, Backend& backend, GradientsNeeded n
   const int64_t n_rows = backend.n_rows(), chunk = rows_of_chunk<Backend>(p, n_rows);
   if (n_rows == 0) return grads;
   const ScalarType buffer = p.hidden.scalar_type();
-  Tensor all_rows = empty_like_device(p.hidden, {chunk, p.H}, buffer);
-  Tensor padded_logits = empty_like_device(p.hidden, {chunk, Backend::padded(p.V)}, buffer);
+  const int64_t room = products_are_new(buffer) ? 0 : chunk;
+  Tensor all_rows = empty_like_device(p.hidden, {rows_of_product(chunk, buffer), p.H}, buffer);
+  Tensor padded_logits = empty_like_device(p.hidden, {room, Backend::padded(p.V)}, buffer);
   Tensor all_logits = torch::stable::narrow(padded_logits, 1, 0, p.V);
-  Tensor all_drows = empty_like_device(p.hidden, {needed.dhidden ? chunk : 0, p.H}, buffer);
+  Tensor all_drows = empty_like_device(p.hidden, {needed.dhidden ? room : 0, p.H}, buffer);
   for (int64_t first = 0; first < n_rows; first += chunk) {
     const int64_t n = std::min(chunk, n_rows - first);
-    Tensor rows = first_rows(all_rows, n), logits = first_rows(all_logits, n);
+    const int64_t n_product = rows_of_product(n, buffer);
+    Tensor rows = first_rows(all_rows, n_product);
+    if (n_product > n) zero_rows_from(rows, n);  // their logits and gradients are 0 and nobody reads them
     backend.gather(first, n, rows);
-    gemm_into(logits, rows, transposed(p.weight));  // [n, V]
+    Tensor logits = product_in(all_logits, rows, transposed(p.weight));  // [n, V]
     backend.losses(first, n, logits, needed.any());
     if (needed.dhidden) {
-      Tensor drows = first_rows(all_drows, n);
-      gemm_into(drows, logits, p.weight);  // [n, H]
+      const Tensor drows = product_in(all_drows, logits, p.weight);  // [n, H]
       backend.scatter(first, n, drows, grads.dhidden);
     }
     if (needed.dweight) gemm_add(grads.dweight, transposed(logits), rows);  // [V, H]

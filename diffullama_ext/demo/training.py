@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 LossOf = Callable[[Tensor, Tensor, int], Tensor]  # (x0 [B, L] int64, sample_index [B] int64, step) -> scalar
 Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss)
+Observe = Callable[[int, float, float], None]  # (step, loss, gradient norm before it is clipped)
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,12 @@ def fit(
     learning_rate: float,
     bf16: bool = False,
     progress: Progress | None = None,
+    observe: Observe | None = None,
+    stop: int | None = None,
 ) -> list[float]:
     """Train ``model`` in place with AdamW; returns the loss of every step.
+
+    ``stop`` ends the training after so many of its ``steps``, which the learning rate still goes by.
 
     Raises:
         RuntimeError: the loss is not finite.
@@ -65,19 +70,21 @@ def fit(
     optimiser = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
     model.train()
     losses = []
-    for step in range(steps):
+    for step in range(steps if stop is None else min(stop, steps)):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate_at(step, steps, learning_rate)
         x0, index = (x.to(device) for x in samples.batch(step, batch_size))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = loss_of(x0, index, step)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise RuntimeError(f"the loss became {losses[-1]} at step {step} of {steps}")
+        if observe is not None:
+            observe(step, losses[-1], norm.item())
         if progress is not None:
             progress(step + 1, steps, losses[-1])
     return losses

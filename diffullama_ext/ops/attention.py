@@ -21,6 +21,17 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
+def _by_length(x: Tensor) -> Tensor:
+    """x [B, H, L, D] in memory as [B, L, H, D]: torch's kernel writes so on the CPU, and models read it so."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty(like: Tensor) -> Tensor:
+    """What the op makes in the shape of ``like``: [B, H, L, D]."""
+    made = like.new_empty(like.shape)
+    return made if like.device.type != "cpu" or _SIMULATED else _by_length(made)
+
+
 @torch.library.register_fake("diffullama::attention")
 def _(
     q: Tensor,
@@ -32,7 +43,7 @@ def _(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return _empty(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.register_fake("diffullama::attention_backward")
@@ -49,7 +60,7 @@ def _(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _empty(q), _empty(k), _empty(v)
 
 
 # --- CPU -------------------------------------------------------------------------------------------------------------
@@ -58,7 +69,7 @@ def _(
 def _dense_mask(
     q: Tensor, k: Tensor, words: Tensor | None, key_padding: Tensor | None, causal: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(additive mask broadcastable to [B, 1, Lq, Lk], rows [.., Lq, 1] that may attend to nothing), or Nones for full.
+    """(additive mask broadcastable to [B, 1, Lq, Lk], rows [.., Lq, 1] that may attend to nothing), None for neither.
 
     Such rows are opened to every key, so that torch's softmax stays finite; the caller writes their zeros.
     """
@@ -73,8 +84,11 @@ def _dense_mask(
         allowed = allowed.expand(-1, -1, q_length, -1)
     if allowed is None:
         return None, None
+    bias = q.new_zeros(allowed.shape)
     empty = ~allowed.any(dim=-1, keepdim=True)
-    return q.new_zeros(allowed.shape).masked_fill(~(allowed | empty), -torch.inf), empty
+    if not empty.any():
+        return bias.masked_fill_(~allowed, -torch.inf), None
+    return bias.masked_fill_(~(allowed | empty), -torch.inf), empty
 
 
 def _last_dim_dense(x: Tensor) -> Tensor:
@@ -98,16 +112,15 @@ def _attention_cpu(
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-        return torch.zeros_like(q), lse
+        return _empty(q).zero_(), lse
     bias, empty = _dense_mask(q, k, words, key_padding, causal)
     group = q.shape[1] // k.shape[1]
     out, lse = _flash(
         _last_dim_dense(q), _group_heads(k, group), _group_heads(v, group), 0.0, False, attn_mask=bias, scale=scale
     )
     if empty is not None:
-        out = out.masked_fill(empty, 0.0)
-        lse = lse.masked_fill(empty.squeeze(-1), -torch.inf)
-    return out.contiguous(), lse.contiguous()
+        out, lse = out.masked_fill_(empty, 0.0), lse.masked_fill_(empty.squeeze(-1), -torch.inf)
+    return _by_length(out), lse.contiguous()
 
 
 def _attention_backward_cpu(
@@ -124,7 +137,7 @@ def _attention_backward_cpu(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return _empty(q).zero_(), _empty(k).zero_(), _empty(v).zero_()
     bias, empty = _dense_mask(q, k, words, key_padding, causal)
     if empty is not None:  # any finite lse will do where dout is 0: the row's gradient is P * 0
         dout = dout.masked_fill(empty, 0.0)
@@ -136,7 +149,7 @@ def _attention_backward_cpu(
     )
     if group > 1:
         dk, dv = (x.unflatten(1, (-1, group)).sum(dim=2) for x in (dk, dv))
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return _by_length(dq), _by_length(dk), _by_length(dv)
 
 
 if not _SIMULATED:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's parts: sizes, the stream of samples, the loop, the lines it masks, and what it replaces."""
 
+import copy
 import dataclasses
 import json
 
@@ -91,6 +92,29 @@ def test_fit_minimises_and_reports():
     assert losses[-1] < 0.05 * losses[0]
     assert [(done, total) for done, total, _ in seen] == [(step + 1, 200) for step in range(200)]
     assert [loss for *_, loss in seen] == losses
+
+
+def test_fit_shows_norms_before_clipping_and_stops_early():
+    samples, start = Samples(torch.zeros(2, 1, dtype=torch.int32), 0, 0), nn.Linear(1, 1, bias=False)
+
+    def run(stop):
+        model, seen = copy.deepcopy(start), []
+        losses = fit(
+            model,
+            samples,
+            lambda x0, index, step: 7 * (step + 1) * model.weight.sum(),
+            steps=40,
+            batch_size=1,
+            learning_rate=0.1,
+            observe=lambda *values: seen.append(values),
+            stop=stop,
+        )
+        assert [(step, loss) for step, loss, _ in seen] == list(enumerate(losses))
+        return losses, [norm for *_, norm in seen]
+
+    losses, norms = run(3)
+    assert norms == [7.0, 14.0, 21.0]
+    assert losses == run(None)[0][:3]  # the learning rate goes by all of the steps
 
 
 def test_fit_stops_at_a_loss_that_is_not_finite():

@@ -175,6 +175,20 @@ def test_weight_gradient_accumulates_wide(impl: str, device: str) -> None:
     assert gradient.flatten().tolist() == [-0.0625 * rows, 0.0625 * rows]  # each row adds -+ 0.5 * 0.125
 
 
+@pytest.mark.parametrize("chunk_rows", [None, 1000, 131])
+def test_many_rows_of_float32(impl: str, device: str, chunk_rows: int | None) -> None:
+    """Large products take other paths on the CPU: they are padded, and the weight's gradient is made transposed."""
+    case = linear_case(16, 203, 37, 129, device)  # some 1600 scored
+    narrow = as_dtype(case, torch.float32)
+    loss = narrow.loss(reduction="sum", chunk_rows=chunk_rows, impl=impl)
+    each = case.loss_weight * dense_nll(case.logits(), case.x0, case.masked, True)
+    torch.testing.assert_close(loss.double(), each.sum(), rtol=1e-6, atol=0)
+    upstream = torch.ones((), device=device)
+    wanted = case.gradients(each.sum(), upstream.double())
+    for got, want in zip(narrow.gradients(loss, upstream), wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+
+
 def test_gradcheck(impl: str, device: str) -> None:
     case = linear_case(2, 4, 3, 5, device)
 

@@ -109,13 +109,17 @@ MUTATIONS = {
     "no wgmma_fence": Mutation(KERNEL, "wgmma_fence(s, out, probabilities);", "", "without wgmma_fence"),
     "K given back before it is read": Mutation(
         KERNEL,
-        "        wgmma_wait<1>(s);\n        release(pipeline.k_empty[k_at.stage]);",
-        "        release(pipeline.k_empty[k_at.stage]);\n        wgmma_wait<1>(s);",
+        "        wgmma_wait<1>(s);\n        release(pipeline.k_empty[k_at.stage()]);",
+        "        release(pipeline.k_empty[k_at.stage()]);\n        wgmma_wait<1>(s);",
     ),
-    "V used before it is there": Mutation(KERNEL, "mbarrier_wait(pipeline.v_full[v_at.stage], v_at.parity);", "", ""),
+    "V used before it is there": Mutation(
+        KERNEL, "mbarrier_wait(pipeline.v_full[v_at.stage()], v_at.parity());", "", ""
+    ),
     "the next queries loaded while these are used": Mutation(
         KERNEL, "mbarrier_wait(pipeline.q_empty, q_parity ^ 1);", ""
     ),
+    "queries skipped by the counter": Mutation(KERNEL, "? take(p.taken)", "? take(p.taken) + 1"),
+    "consumers not told to stop": Mutation(KERNEL, "next_item({KeyTile::kStop, 0, 0});", "return;", ""),
     "one arrival short": Mutation(KERNEL, "kConsumerWarps = 4 * kTile.groups", "kConsumerWarps = 4", ""),
     "too few bytes expected": Mutation(KERNEL, "static_cast<int>(sizeof to)", "static_cast<int>(sizeof to) / 2", ""),
     "panels too close": Mutation(KERNEL, "kHopperColumns * kPanel * 2;", "kHopperColumns * kPanel;"),
