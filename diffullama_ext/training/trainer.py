@@ -230,7 +230,7 @@ class DiffusionTrainer(Trainer):
         """Of Trainer; of a model under FSDP all of it, in one piece, whatever form its checkpoints have."""
         if not self.is_fsdp_enabled or _internal_call:
             return super().save_model(output_dir, _internal_call)
-        model, state = cast(Any, self.model), {}
+        model, state, folder = cast(Any, self.model), {}, output_dir or cast(str, self.args.output_dir)
         for name, tensor in model.state_dict().items():
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # every process takes part
             if self.args.should_save:
@@ -241,9 +241,9 @@ class DiffusionTrainer(Trainer):
                     model = AutoModelForCausalLM.from_config(model.config)
                 model.load_state_dict(state, assign=True)
                 model.tie_weights()
-            model.save_pretrained(output_dir or self.args.output_dir, state_dict=state)
+            model.save_pretrained(folder, state_dict=state)
             if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+                self.processing_class.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
         return None
 
