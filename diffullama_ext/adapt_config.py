@@ -217,6 +217,7 @@ class AdaptConfig:
             bf16=self.bf16,
             fp16=self.fp16,
             torch_compile=self.compile,
+            ddp_find_unused_parameters=False,  # the loss runs in the forward and reaches every parameter
             save_strategy="steps",
             save_steps=self.save_steps or max(1, self.steps // 10),
             save_total_limit=self.save_total_limit,

@@ -64,7 +64,7 @@ def run_adaptation(config: AdaptConfig, out: Path, processes: int = 1) -> None:
     if arguments.process_index == 0:
         _start(config, out)
     # A model in parts cannot be scored by one process, nor have its adapter merged.
-    in_parts = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    in_parts = trainer.is_sharded
     scores = arguments.process_index == 0 and not in_parts
     with reporting() as report:
         curves = Curves(out / CURVES, inputs.held, config.objective.get("block_length"), config.batch_size, report)

@@ -57,9 +57,19 @@ def _check_head(causal_lm: nn.Module, expected: Tensor, logits: Tensor) -> None:
 
 
 def head_weight(head: Any) -> Tensor:
-    """[V, H] of the head; with the rows that peft trains apart (trainable_token_indices) of a tied embedding."""
+    """[V, H] of the head; with the rows that peft trains apart (trainable_token_indices) of a tied embedding.
+
+    ValueError where it holds no such numbers itself: quantised (bitsandbytes, torchao) or partitioned (ZeRO-3).
+    """
     adapter = getattr(head, "token_adapter", None)
-    return head.weight if adapter is None else adapter.get_merged_weights(adapter.active_adapters)
+    weight = head.weight if adapter is None else adapter.get_merged_weights(adapter.active_adapters)
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError(
+            f"the head's weight must be whole floating point numbers [V, H], got {type(weight).__name__} "
+            f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}; where the model is quantised leave the "
+            "head out (llm_int8_skip_modules or modules_to_not_convert=['lm_head']), and use ZeRO-2 or FSDP2 for ZeRO-3"
+        )
+    return weight
 
 
 def check_attention(causal_lm: Any) -> None:
@@ -91,6 +101,8 @@ def forward_to_score(model: nn.Module, inputs: dict[str, object], score: Score) 
     last: list[Tensor] = []  # logits of the last token, the head's and the model's
 
     def at_decoder(module: nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
+        if hasattr(head, "unshard"):  # FSDP2 sharded the head alone, and gathers it after the decoder
+            head.unshard()
         hidden, bias = output[0], getattr(head, "bias", None)
         weight = head_weight(head)
         made.append(score(hidden, weight, bias, softcap))
