@@ -15,11 +15,13 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o 
 # Two test processes of one thread each suit two cores better than one process of two threads.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help build demo test simulated test-simulated test-sanitized test-races lint format bench cuda-compile gpu-check wheel clean
+.PHONY: help build demo test test-transformers test-extras simulated test-simulated test-sanitized test-races lint format bench cuda-compile gpu-check wheel clean
 
 help:
 	@echo "make demo          train, adapt and sample a small model on Python's own text; under 5 minutes on 2 cores"
 	@echo "make test          build, then every test that needs no GPU"
+	@echo "make test-transformers TRANSFORMERS=5.6.2   the tests that touch transformers, over that version"
+	@echo "make test-extras   quantised models and DeepSpeed, on the CPU"
 	@echo "make test-simulated, test-sanitized, test-races   the op tests over the CUDA kernels, run on the CPU"
 	@echo "make lint          ruff, mypy, clang-format     make format   apply them"
 	@echo "make bench         every op beside eager PyTorch on this machine"
@@ -54,6 +56,36 @@ demo: build
 
 test: build
 	$(PYTEST) --require-ext --cov=diffullama_ext --cov-report=term --cov-fail-under=90
+
+# --- packages beside those of the environment: in folders that come first on PYTHONPATH for these tests alone
+TRANSFORMERS ?= 5.6.2
+TRANSFORMERS_TESTS ?= python_tests/integrations python_tests/training python_tests/objective/test_objective_models.py \
+  python_tests/sampling/test_caches.py python_tests/sampling/test_custom_generate.py python_tests/cli/test_adapt_command.py
+# Not with their dependencies, which the environment has, torch among them; deepspeed's own are listed with it.
+EXTRAS := bitsandbytes torchao deepspeed einops hjson msgpack
+EXTRAS_TESTS ?= python_tests/integrations/test_quantised.py python_tests/training/test_deepspeed.py
+SIDE := .build/side
+
+# Older versions need older tokenizers and huggingface_hub; all else is as CI pins it.
+$(SIDE)/transformers-%.stamp: $(VENV)/build.stamp
+	rm -rf $(SIDE)/transformers-$* && mkdir -p $(SIDE)
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(SIDE)/constraints-$*.txt
+	$(PIP) -c $(SIDE)/constraints-$*.txt --target $(SIDE)/transformers-$* transformers==$*
+	touch $@
+
+test-transformers: $(SIDE)/transformers-$(TRANSFORMERS).stamp
+	PYTHONPATH=$(CURDIR)/$(SIDE)/transformers-$(TRANSFORMERS) $(PYTEST) -q $(TRANSFORMERS_TESTS)
+
+$(SIDE)/extras.stamp: $(VENV)/build.stamp
+	rm -rf $(SIDE)/extras && mkdir -p $(SIDE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(PIP) -c constraints.txt --no-deps --no-build-isolation \
+	  --target $(SIDE)/extras $(EXTRAS)
+	touch $@
+
+# DeepSpeed compiles its communication for the CPU once, with the environment's ninja.
+test-extras: $(SIDE)/extras.stamp
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(CURDIR)/$(SIDE)/extras DS_ACCELERATOR=cpu \
+	  TORCH_EXTENSIONS_DIR=$(CURDIR)/$(SIDE)/torch-extensions $(PYTEST) -q $(EXTRAS_TESTS)
 
 # --- the CUDA kernels on the CPU (docs/simulator.md): no GPU, no CUDA toolkit
 SIM := .build/simulated

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -13,12 +14,16 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import yaml
 
 from .checks import check_choice, check_range
-from .objective import ObjectiveConfig
+from .data import PADDINGS, SftColumns
+from .data.blocks import CONTEXTS
+from .objective import RECIPES, ObjectiveConfig
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+DEVICES = ("auto", "cpu", "cuda")
+MOST = 2**31 - 1  # of a count
 
 
 def _option(default: Any, text: str) -> Any:
@@ -32,14 +37,19 @@ def _option(default: Any, text: str) -> Any:
 class AdaptConfig:
     """One adaptation. A field is a key of the YAML file and, with dashes, a flag of ``diffullama adapt``."""
 
-    model: str = _option("", "Causal language model: a folder, or an id of the Hub.")
+    model: str = _option("", "Causal language model, or an adapted one to train on: a folder, or an id of the Hub.")
     data: tuple[str, ...] = _option((), "Text, .jsonl, .parquet, a folder of these, or an id of the Hub; repeatable.")
     data_weight: tuple[float, ...] = _option((), "Share of each --data in the mixture; by default equal.")
     column: str = _option("text", "Column of the text in .jsonl, .parquet and datasets.")
-    length: int | None = _option(None, "Tokens of a block; default 512 or the model's limit.")
+    sft: bool = _option(False, "Rows of prompt and response, or chats: the prompt is neither noised nor scored.")
+    prompt_column: str = _option(SftColumns.prompt, "With --sft: column of the prompt.")
+    response_column: str = _option(SftColumns.response, "With --sft: column of the response.")
+    messages_column: str = _option(SftColumns.messages, "With --sft: column of chats, which the chat template writes.")
+    padding: str = _option("eos", "With --sft: eos trains end-of-text tokens up to --length; exclude trains one.")
+    length: int | None = _option(None, "Tokens of a block, most of an example; default 512 or the model's limit.")
     context: str | None = _option(None, "overlap (default with the shift): blocks share a token; or none.")
     isolate_documents: bool = _option(False, "Attention stays inside documents.")
-    heldout: float = _option(0.05, "Share of the blocks that is held out and scored on.")
+    heldout: float = _option(0.05, "Share of the blocks or examples that is held out and scored on.")
     steps: int = _option(1000, "Optimiser steps.")
     batch_size: int = _option(8, "Blocks a forward and process.")
     accumulate: int = _option(1, "Forwards a step.")
@@ -49,11 +59,14 @@ class AdaptConfig:
     warmup_steps: int | None = _option(None, "Steps up to the peak; default 5 % of the steps.")
     weight_decay: float = _option(0.0, "Of AdamW.")
     adam_beta2: float = _option(0.999, "Of AdamW; beta1 is 0.9.")
-    max_grad_norm: float = _option(1.0, "Gradients are clipped to it.")
-    anneal_steps: int | None = _option(None, "Steps from causal to bidirectional attention; default a third.")
-    shift: bool = _option(True, "Row i of the logits predicts token i+1, as before.")
-    mask_token: str | None = _option(None, "Text, or id in digits; by default the tokenizer's, or a new one.")
+    max_grad_norm: float = _option(1.0, "Gradients are clipped to it; 0 clips none.")
+    anneal_steps: int | None = _option(
+        None, "Steps from causal to bidirectional attention; default a third, of an adapted model none."
+    )
+    shift: bool | None = _option(None, "Row i of the logits predicts token i+1; default as before.")
+    mask_token: str | None = _option(None, "Text, or id in digits; default the model's, the tokenizer's, or a new one.")
     objective: dict[str, Any] = _option({}, "key=value of ObjectiveConfig, or recipe=NAME; repeatable.")  # noqa: RUF009
+    teacher: str | None = _option(None, "Adapted model to distil from, with --objective distill_weight=...")
     lora_rank: int = _option(0, "Rank of LoRA adapters on every linear layer; 0 trains all weights.")
     lora_alpha: int | None = _option(None, "Scale of LoRA; default twice the rank.")
     lora_dropout: float = _option(0.0, "Of LoRA.")
@@ -72,22 +85,44 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _as_declared(name, getattr(self, name), kind))
-        for name in ("steps", "batch_size", "accumulate", "save_total_limit"):
-            check_range(name, getattr(self, name), 1, 2**31 - 1)
-        for name, low in (("length", 2), ("global_batch_size", 1), ("save_steps", 1), ("eval_steps", 1)):
+        for name, (low, high, *opened) in _INTERVALS.items():
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else () if value is None else (value,):
+                check_range(name, number, low, high, low_open="low" in opened, high_open="high" in opened)
+        for name, choices in _CHOICES.items():
             if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), low, 2**31 - 1)
-        check_range("lora_rank", self.lora_rank, 0, 2**31 - 1)
-        check_range("seed", self.seed, 0, 2**32 - 1)
-        check_range("learning_rate", self.learning_rate, 0.0, math.inf, low_open=True)
-        check_choice("schedule", self.schedule, SCHEDULES)
+                check_choice(name, getattr(self, name), choices)
+        for name in ("column", "prompt_column", "response_column", "messages_column", "mask_token", "teacher"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} must not be empty, got ''")
+        self._check_together()
+        self.objective_config(mask_id=0)
+
+    def _check_together(self) -> None:
+        """What one setting asks of another."""
         if self.data_weight and len(self.data_weight) != len(self.data):
             raise ValueError(f"data_weight must have one weight a source, got {len(self.data_weight)} for {self.data}")
-        if self.anneal_steps is not None and not 0 <= self.anneal_steps <= self.steps:
-            raise ValueError(f"anneal_steps must be at most steps, got {self.anneal_steps} and {self.steps}")
+        for name in ("anneal_steps", "warmup_steps"):
+            value = getattr(self, name)
+            if value is not None and value > self.steps:
+                raise ValueError(f"{name} must be at most steps, got {value} and {self.steps}")
         if self.bf16 and self.fp16:
             raise ValueError("one of bf16 and fp16 must be False, got both True")
-        self.objective_config(mask_id=0)
+        for idle, when, names in (
+            (not self.sft, "without sft", ("prompt_column", "response_column", "messages_column", "padding")),
+            (self.sft, "with sft", ("column", "context", "isolate_documents")),
+            (self.lora_rank == 0, "with lora_rank 0", ("lora_alpha", "lora_dropout")),
+        ):
+            for name in names if idle else ():
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name} has no meaning {when}, got {getattr(self, name)!r}")
+        if "shift" in self.objective:
+            raise ValueError("shift must be given as a setting of its own, not in objective")
+        if (self.teacher is not None) != (self.objective.get("distill_weight", 0) != 0):
+            weight = self.objective.get("distill_weight", 0)
+            raise ValueError(
+                f"teacher and a distill_weight above 0 need each other, got {self.teacher!r} and {weight!r}"
+            )
 
     # --- sources of settings ------------------------------------------------------------------------------------------
 
@@ -120,23 +155,34 @@ class AdaptConfig:
         """For ``adapt``: digits are an id."""
         return int(self.mask_token) if self.mask_token and self.mask_token.isdecimal() else self.mask_token
 
-    def block_context(self) -> str:
+    def shifted(self, of_model: bool | None = None) -> bool:
+        """Whether row i predicts token i+1: as given, else as an adapted model does, else by the recipe, else yes."""
+        by_recipe = RECIPES.get(self.objective.get("recipe", ""), {}).get("shift", True)
+        return next(shift for shift in (self.shift, of_model, by_recipe) if shift is not None)
+
+    def block_context(self, shift: bool) -> str:
         """Of the blocks: without the shift nothing is skipped, so nothing need be repeated."""
-        return self.context or ("overlap" if self.shift else "none")
+        return self.context or ("overlap" if shift else "none")
 
-    def annealing_steps(self) -> int:
-        """From causal to bidirectional."""
-        return self.steps // 3 if self.anneal_steps is None else self.anneal_steps
+    def annealing_steps(self, *, is_adapted: bool = False) -> int:
+        """From causal to bidirectional; an adapted model is there already."""
+        default = 0 if is_adapted else self.steps // 3
+        return default if self.anneal_steps is None else self.anneal_steps
 
-    def objective_config(self, *, mask_id: int) -> ObjectiveConfig:
-        """Of the trainer."""
-        changes = {"shift": self.shift, **self.objective}
-        try:
-            if "recipe" in changes:
-                return ObjectiveConfig.recipe(changes.pop("recipe"), mask_id=mask_id, **changes)
-            return ObjectiveConfig(mask_id=mask_id, **changes)
-        except TypeError as error:
-            raise ValueError(f"objective: {error}") from error
+    def objective_config(self, *, mask_id: int, shift: bool | None = None) -> ObjectiveConfig:
+        """Of the trainer; ``shift`` None is :meth:`shifted`."""
+        hints = get_type_hints(ObjectiveConfig) | {"recipe": str}
+        unknown = sorted(set(self.objective) - set(hints) | {"mask_id"} & set(self.objective))
+        if unknown:
+            raise ValueError(f"objective: no such setting: {', '.join(unknown)}")
+        given = {name: _as_declared(f"objective {name}", value, hints[name]) for name, value in self.objective.items()}
+        recipe = given.pop("recipe", None)
+        given |= {"mask_id": mask_id, "shift": self.shifted() if shift is None else shift}
+        return ObjectiveConfig(**given) if recipe is None else ObjectiveConfig.recipe(recipe, **given)
+
+    def sft_columns(self) -> SftColumns:
+        """Of the rows."""
+        return SftColumns(self.prompt_column, self.response_column, self.messages_column)
 
     def accumulation(self, processes: int) -> int:
         """Forwards a step on each of so many processes."""
@@ -171,6 +217,7 @@ class AdaptConfig:
             bf16=self.bf16,
             fp16=self.fp16,
             torch_compile=self.compile,
+            ddp_find_unused_parameters=False,  # the loss runs in the forward and reaches every parameter
             save_strategy="steps",
             save_steps=self.save_steps or max(1, self.steps // 10),
             save_total_limit=self.save_total_limit,
@@ -184,12 +231,41 @@ class AdaptConfig:
         return arguments
 
 
+# [low, high] of the numbers, and which ends are open.
+_INTERVALS: dict[str, tuple[Any, ...]] = {
+    **{name: (1, MOST) for name in ("steps", "batch_size", "accumulate", "global_batch_size", "save_total_limit")},
+    **{name: (1, MOST) for name in ("save_steps", "eval_steps", "logging_steps", "lora_alpha")},
+    **{name: (0, MOST) for name in ("anneal_steps", "warmup_steps", "lora_rank")},
+    **{name: (0.0, math.inf, "high") for name in ("weight_decay", "max_grad_norm")},
+    **{name: (0.0, math.inf, "low", "high") for name in ("learning_rate", "data_weight")},
+    **{name: (0.0, 1.0, "high") for name in ("adam_beta2", "lora_dropout")},
+    "heldout": (0.0, 1.0, "low", "high"),
+    "length": (2, MOST),
+    "seed": (0, 2**32 - 1),
+}
+_CHOICES = {"schedule": SCHEDULES, "context": CONTEXTS, "padding": PADDINGS, "device": DEVICES}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML readers silently take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """See the class."""
+        keys = [str(self.construct_object(key, deep=True)).replace("-", "_") for key, _ in node.value]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"given more than once: {', '.join(twice)}", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a file, dashes in keys as underscores; ValueError where it is no YAML mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not YAML of settings: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold settings as `name: value`, got {type(values).__name__}")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
@@ -199,24 +275,21 @@ def _as_declared(name: str, value: Any, kind: Any) -> Any:
     """``value`` of YAML as the field's type (1e-4 is a text to YAML); ValueError where it is another."""
     if kind in (tuple[str, ...], tuple[float, ...]):
         value = [] if value is None else [value] if isinstance(value, (str, int, float)) else value
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} must be a list, got {value!r}")
         return tuple(_as_declared(name, item, kind.__args__[0]) for item in value)
     options = getattr(kind, "__args__", (kind,)) if kind != dict[str, Any] else (dict,)
     if value is None and type(None) in options:
         return None
     wanted = next(option for option in options if option is not type(None))
-    wanted = getattr(wanted, "__origin__", wanted)
     given = type(value)
-    if wanted is float and given in (int, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif wanted is str and given is int:
-        return str(value)
-    elif given is wanted:
-        return value
     if given is wanted:
         return value
+    if wanted is str and given is int:
+        return str(value)
+    if wanted is float and given in (int, str):
+        with suppress(ValueError):
+            return float(value)
     raise ValueError(f"{name} must be {wanted.__name__}, got {value!r}")
 
 

@@ -45,11 +45,14 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device}, got {_given(value)}")
 
 
-def check_range(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
-    """A Python number inside [low, high], or (low, high] where ``low_open``; NaN never is."""
-    inside = (low < value if low_open else low <= value) and value <= high
+def check_range(
+    name: str, value: float, low: float, high: float, *, low_open: bool = False, high_open: bool = False
+) -> None:
+    """A Python number inside [low, high], without an end that is open; NaN never is."""
+    inside = (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
     if not inside:
-        raise ValueError(f"{name} must be in {'(' if low_open else '['}{low:g}, {high:g}], got {value!r}")
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+        raise ValueError(f"{name} must be in {interval}, got {value!r}")
 
 
 def check_int(name: str, value: object, low: int, high: int) -> None:

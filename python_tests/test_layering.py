@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "benchmarking": {"functional", "attention_mask"} | BASE,
     "data": BASE,
     "objective": {"functional", "schedules", "attention_mask", "reference"} | BASE,  # reference for its Philox only
-    "adapt_config": {"objective"} | BASE,
+    "adapt_config": {"data", "objective"} | BASE,
     "integrations": {"modules", "functional", "attention_mask"} | BASE,
     "sampling": {"functional", "schedules", "attention_mask"} | BASE,
     "training": {"functional", "schedules", "attention_mask", "objective", "integrations"} | BASE,

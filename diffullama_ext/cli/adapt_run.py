@@ -3,60 +3,72 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..checks import check_choice
 from ..output_folder import is_free, write_file_at_once
-from .console import Report, pick_device, quiet_libraries, reporting, scores_table
+from .adapt_curves import Curves, heldout_batch
+from .console import Report, pick_device, quiet_libraries, reporting
 from .errors import BadInput, checking_input
-from .models import load_autoregressive
+from .models import load_to_train, model_path
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.utils.data import Dataset
 
     from ..adapt_config import AdaptConfig
-    from ..evaluation import DiffusionScores, Estimate
 
 SETTINGS, ENVIRONMENT, CURVES, METRICS = "run.yaml", "environment.json", "curves.json", "metrics.json"
-HELDOUT_BLOCKS = 128  # at most so many are scored on, before and after
 PACKAGES = ("diffullama-ext", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "numpy")
 
-Scores = tuple["Estimate", "DiffusionScores"]
+
+class _Inputs(NamedTuple):
+    """What a run starts from."""
+
+    model: Any  # adapted
+    tokenizer: Any
+    train: Dataset[dict[str, Tensor]]
+    held: dict[str, Tensor]
+    teacher: Any  # or None
+    anneal_steps: int
 
 
 def run_adaptation(config: AdaptConfig, out: Path, processes: int = 1) -> None:
     """Train, score and save; errors as of the command line."""
     import torch
 
-    from ..integrations import adapt, add_lora
+    from ..integrations import add_lora
     from ..training.checkpoints import checkpoints
 
     with checking_input():
         where = pick_device(config.device)
+        _check_machine(config, where.type)
         _check_folder(config, out)
-        loaded, tokenizer, train, held = _model_and_blocks(config)
-        steps = config.annealing_steps()
-        adapt(loaded, tokenizer, mask_token=config.mask_token_or_id(), shift=config.shift, anneal_steps=steps)
+        inputs = _inputs(config)
         arguments = config.training_arguments(
             out, processes=processes, use_cpu=where.type == "cpu", dataloader_pin_memory=where.type == "cuda"
         )
-    model: Any = loaded.to(where)
-    if config.lora_rank:
-        torch.manual_seed(config.seed)  # its matrices begin at random
-        model = add_lora(loaded, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
+        loaded = inputs.model
+        model: Any = loaded.to(where)
+        if config.lora_rank:
+            torch.manual_seed(config.seed)  # its matrices begin at random
+            model = add_lora(loaded, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
+        trainer = _trainer(config, model, inputs, arguments)
     if arguments.process_index == 0:
         _start(config, out)
+    # A model in parts cannot be scored by one process, nor have its adapter merged.
+    in_parts = trainer.is_sharded
+    scores = arguments.process_index == 0 and not in_parts
     with reporting() as report:
-        curves = _Curves(out / CURVES, held, config.batch_size, report)
-        trainer = _trainer(config, model, tokenizer, train, arguments, curves, report)
-        # A model in parts cannot be scored by one process, nor have its adapter merged.
-        in_parts = _is_in_parts(trainer)
-        scores = arguments.process_index == 0 and not in_parts
+        curves = Curves(out / CURVES, inputs.held, config.objective.get("block_length"), config.batch_size, report)
+        trainer.add_callback(_progress(config, loaded, trainer, None if in_parts else curves, report))
         if scores and not checkpoints(out):
             curves.score(loaded, 0)
         trainer.train(resume_from_checkpoint=bool(checkpoints(out)))
@@ -67,7 +79,17 @@ def run_adaptation(config: AdaptConfig, out: Path, processes: int = 1) -> None:
     if in_parts:
         trainer.save_model(str(out))
     elif scores:
-        _finish(config, out, loaded, tokenizer, curves, len(train))
+        _finish(config, out, inputs._replace(model=loaded), curves)
+
+
+def _check_machine(config: AdaptConfig, device: str) -> None:
+    """ValueError where this machine lacks what the settings ask for."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    if config.fp16 and device == "cpu":
+        raise ValueError("fp16 must be False on the CPU, got True; bf16 works there")
+    for name in config.report_to:
+        check_choice("report_to", name, get_available_reporting_integrations())
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -103,96 +125,129 @@ def _start(config: AdaptConfig, out: Path) -> None:
     write_file_at_once(out / ENVIRONMENT, json.dumps(versions, indent=2) + "\n")
 
 
-def _finish(config: AdaptConfig, out: Path, model: Any, tokenizer: Any, curves: _Curves, n_train: int) -> None:
+def _finish(config: AdaptConfig, out: Path, inputs: _Inputs, curves: Curves) -> None:
     """The model's files appear with config.json, which makes the folder a model, as the last of them."""
     with tempfile.TemporaryDirectory(prefix=".model.", dir=out) as staged:
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
+        inputs.model.save_pretrained(staged)
+        inputs.tokenizer.save_pretrained(staged)
         for file in sorted(Path(staged).iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(file, out / file.name)
-    length = curves.held.shape[1]
+    held = curves.held["blocks"]
     metrics = {
         "kind": "diffullama adapt",
         "model": config.model,
         "data": list(config.data),
-        "tokens": {"train": n_train * length, "heldout": curves.held.numel()},
-        "length": length,
-        "anneal_steps": config.annealing_steps(),
+        "examples": {"train": len(inputs.train), "heldout": len(held)},  # type: ignore[arg-type]
+        "length": held.shape[1],
+        "anneal_steps": inputs.anneal_steps,
         "max_steps": config.steps,
         "seed": config.seed,
         "models": {"as it was": curves.by_step["0"], "adapted": curves.by_step[str(config.steps)]},
     }
     write_file_at_once(out / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-    _show(curves, out)
+    curves.show(out)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _model_and_blocks(config: AdaptConfig) -> tuple[Any, Any, Any, Tensor]:
-    """The model and its tokenizer; the data as training examples that fit it, and held-out blocks [N, L]."""
+def _inputs(config: AdaptConfig) -> _Inputs:
+    """Everything that is loaded; errors about the data come before a large model is loaded, where they can."""
     quiet_libraries()
-    import torch
-
-    from ..data import DataSource, load_train_and_heldout
+    from ..data import DataSource
+    from ..integrations import DiffusionConfig, adapt, is_adapted
 
     weights = config.data_weight or (1.0,) * len(config.data)
     sources = [DataSource(path, w, config.column) for path, w in zip(config.data, weights, strict=True)]
     for source in sources:
-        next(source.texts(streaming=True))  # wrong data shows before a large model is loaded
-    loaded, tokenizer = load_autoregressive(config.model)
-    limit = getattr(loaded.config, "max_position_embeddings", None) or 512
+        next(source.rows() if config.sft else source.texts(streaming=True), None)
+    model, tokenizer = load_to_train(config.model)
+    known = DiffusionConfig.of(model) if is_adapted(model) else None
+    shift = config.shifted(None if known is None else known.shift)
+    steps = config.annealing_steps(is_adapted=known is not None)
+    train, held = _train_and_heldout(config, sources, tokenizer, _length(config, model), shift)
+    mask_token = config.mask_token_or_id()
+    if mask_token is None and known is not None:
+        mask_token = known.mask_id
+    adapt(model, tokenizer, mask_token=mask_token, shift=shift, anneal_steps=steps)
+    teacher = None if config.teacher is None else _teacher(config, model, tokenizer)
+    return _Inputs(model, tokenizer, train, heldout_batch(held, tokenizer.pad_token_id or 0), teacher, steps)
+
+
+def _length(config: AdaptConfig, model: Any) -> int:
+    limit = getattr(model.config, "max_position_embeddings", None) or 512
     length = min(512, limit) if config.length is None else config.length
     if length > limit:
         raise BadInput(f"--length must be at most the model's {limit} positions, got {length}")
-    layout: dict[str, Any] = {"context": config.block_context(), "isolate_documents": config.isolate_documents}
-    train, held = load_train_and_heldout(sources, tokenizer, length, heldout=config.heldout, **layout)
-    rows = [held[row]["input_ids"] for row in range(min(len(held), HELDOUT_BLOCKS))]  # type: ignore[arg-type]
-    return loaded, tokenizer, train, torch.stack(rows)
+    return length
 
 
-class _Curves:
-    """Held-out figures by step, with the same noise at each, kept in a file for a run that goes on."""
+def _train_and_heldout(config: AdaptConfig, sources: Any, tokenizer: Any, length: int, shift: bool) -> tuple[Any, Any]:
+    from ..data import load_sft_train_and_heldout, load_train_and_heldout
 
-    def __init__(self, path: Path, held: Tensor, batch_size: int, report: Report) -> None:
-        self.path, self.held, self.batch_size, self.report = path, held, batch_size, report
-        self.by_step: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        self.last: dict[str, Scores] = {}
+    common: dict[str, Any] = {"heldout": config.heldout}
+    if config.sft:
+        common |= {"padding": config.padding, "columns": config.sft_columns()}
+        return load_sft_train_and_heldout(sources, tokenizer, length, **common)
+    common |= {"context": config.block_context(shift), "isolate_documents": config.isolate_documents}
+    return load_train_and_heldout(sources, tokenizer, length, **common)
 
-    def score(self, model: Any, step: int) -> None:
-        """At ``step``; random state stays as it was, so that training does not depend on it."""
-        from ..evaluation import EvaluationConfig, autoregressive_loss, diffusion_scores
-        from ..integrations import DiffusionConfig
 
-        config = DiffusionConfig.of(model)
-        stage = f"evaluate at step {step}"
-        ar = autoregressive_loss(model, self.held, batch_size=self.batch_size)
-        scores = diffusion_scores(
-            model,
-            self.held,
-            EvaluationConfig(batch_size=self.batch_size),
-            mask_id=config.mask_id,
-            shift=config.shift,
-            progress=lambda done, total: self.report(stage, done, total, ""),
+def _teacher(config: AdaptConfig, model: Any, tokenizer: Any) -> Any:
+    """The teacher, frozen; ValueError where an id is another token to it."""
+    import torch
+
+    from ..integrations import DiffusionConfig, load
+
+    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    assert config.teacher is not None
+    teacher, its_tokenizer = load(model_path(config.teacher), dtype=dtype)
+    ids = [DiffusionConfig.of(one).mask_id for one in (teacher, model)]
+    vocabularies = [
+        {token: i for token, i in of.get_vocab().items() if i != mask_id}
+        for of, mask_id in zip((its_tokenizer, tokenizer), ids, strict=True)
+    ]
+    if ids[0] != ids[1]:
+        raise ValueError(f"teacher must have the model's mask id {ids[1]}, got {ids[0]} of {config.teacher}")
+    if vocabularies[0] != vocabularies[1]:
+        differ = len(vocabularies[0].items() ^ vocabularies[1].items())
+        raise ValueError(
+            f"teacher must have the model's vocabulary, that of {config.teacher} differs in {differ} entries"
         )
-        self.last[str(step)] = (ar, scores)
-        self.by_step[str(step)] = {"ar_loss": ar.to_dict(), **scores.to_dict()}
-        write_file_at_once(self.path, json.dumps(self.by_step, indent=1, allow_nan=False) + "\n")
+    return teacher.eval().requires_grad_(False)
 
 
-def _is_in_parts(trainer: Any) -> bool:
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-
-
-def _trainer(
-    config: AdaptConfig, model: Any, tokenizer: Any, train: Any, arguments: Any, curves: _Curves, report: Report
-) -> Any:
-    from transformers import PrinterCallback, TrainerCallback
+def _trainer(config: AdaptConfig, model: Any, inputs: _Inputs, arguments: Any) -> Any:
+    from transformers import PrinterCallback
 
     from ..integrations import DiffusionConfig
+    from ..objective.model_forward import check_ids
     from ..training import DiffusionTrainer
 
-    base = model.get_base_model() if config.lora_rank else model
+    diffusion = DiffusionConfig.of(inputs.model)
+    objective = config.objective_config(mask_id=diffusion.mask_id, shift=diffusion.shift)
+    teacher = inputs.teacher
+    if teacher is not None:
+        teacher.to(arguments.device)
+        if objective.teacher_shift is None:
+            objective = dataclasses.replace(objective, teacher_shift=DiffusionConfig.of(teacher).shift)
+    check_ids(model, objective)
+    trainer = DiffusionTrainer(
+        model,
+        arguments,
+        objective=objective,
+        anneal_steps=inputs.anneal_steps,
+        teacher=teacher,
+        train_dataset=inputs.train,
+        processing_class=inputs.tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints dictionaries to stdout
+    return trainer
+
+
+def _progress(config: AdaptConfig, model: Any, trainer: Any, curves: Curves | None, report: Report) -> Any:
+    from transformers import TrainerCallback
+
     every = config.eval_steps or max(1, config.steps // 2)
 
     class Progress(TrainerCallback):
@@ -205,35 +260,9 @@ def _trainer(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             report("adapt", state.global_step, state.max_steps, self.loss)
-            if state.global_step % every == 0 and state.global_step < config.steps and not _is_in_parts(trainer):
+            if state.global_step % every == 0 and state.global_step < config.steps and curves is not None:
                 if args.process_index == 0:
-                    curves.score(base, state.global_step)
+                    curves.score(model, state.global_step)
                 trainer.accelerator.wait_for_everyone()
 
-    with checking_input():
-        trainer = DiffusionTrainer(
-            model,
-            arguments,
-            objective=config.objective_config(mask_id=DiffusionConfig.of(base).mask_id),
-            anneal_steps=config.annealing_steps(),
-            train_dataset=train,
-            processing_class=tokenizer,
-            callbacks=[Progress()],
-        )
-    trainer.remove_callback(PrinterCallback)  # it prints dictionaries to stdout
-    return trainer
-
-
-def _show(curves: _Curves, out: Path) -> None:
-    from rich.console import Console
-
-    console = Console(soft_wrap=True, highlight=False)
-    held, rows = curves.held, curves.last
-    names = {step: "as it was" if step == "0" else f"step {step}" for step in rows}
-    names[list(rows)[-1]] = "adapted"
-    title = f"Held-out text: {held.numel()} tokens in {len(held)} blocks, nats ± standard error, one noise for all"
-    console.print(scores_table(title, {names[step]: scores for step, scores in rows.items()}))
-    if "0" in rows:
-        difference = list(rows.values())[-1][1].diffusion_loss - rows["0"][1].diffusion_loss
-        console.print(f"ELBO/token, adapted minus as it was: {difference}", markup=False)
-    console.print(f"The adapted model is in {out}", markup=False)
+    return Progress()

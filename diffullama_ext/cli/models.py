@@ -18,16 +18,22 @@ def model_path(name: str) -> str:
     return name
 
 
-def load_autoregressive(name: str) -> tuple[Any, Any]:
-    """(model in float32, tokenizer) of a model to adapt; ValueError where its attention sees later tokens.
+def load_to_train(name: str) -> tuple[Any, Any]:
+    """(model in float32, tokenizer): one to adapt, or an adapted one, prepared, in any layout that `load` knows.
 
-    transformers loads BERT and its like as causal language models too, as they are.
+    ValueError where its attention sees later tokens and it is not adapted: transformers loads BERT and its like as
+    causal language models too, as they are.
     """
     import torch
 
-    from ..integrations import load_causal_lm
+    from ..integrations import is_adapted, load, load_causal_lm, names_diffusion_model, prepare
 
-    model, tokenizer = load_causal_lm(model_path(name), dtype=torch.float32)  # bfloat16 weights lose small steps
+    path = model_path(name)
+    if names_diffusion_model(path):
+        return load(path, dtype=torch.float32)
+    model, tokenizer = load_causal_lm(path, dtype=torch.float32)  # bfloat16 weights lose small steps
+    if is_adapted(model):
+        return prepare(model), tokenizer
     causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     if causal and not any(causal):
         raise ValueError(f"{name!r} is not a causal language model: its attention sees later tokens")

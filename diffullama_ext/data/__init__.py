@@ -5,13 +5,14 @@ from .blocks import BlockLayout, MixedBlocks, StoredBlocks, load_blocks, load_tr
 from .corpus import Corpus, Document, python_corpus
 from .packing import TokenBlocks, pack, split_blocks
 from .reader import read_rows, read_texts
-from .sft import SftColumns, SftExamples, load_sft
+from .sft import PADDINGS, SftColumns, SftExamples, load_sft, load_sft_train_and_heldout
 from .source import DataSource
 from .streaming import StreamedBlocks, stream_blocks
 from .token_store import TokenStore, cached_store, open_store, write_store
 from .tokenizer import train_tokenizer
 
 __all__ = [
+    "PADDINGS",
     "BlockLayout",
     "Corpus",
     "DataSource",
@@ -26,6 +27,7 @@ __all__ = [
     "cached_store",
     "load_blocks",
     "load_sft",
+    "load_sft_train_and_heldout",
     "load_train_and_heldout",
     "open_store",
     "pack",

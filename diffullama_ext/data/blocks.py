@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ..checks import check_choice
+from ..checks import check_choice, check_range
 from .packing import check_length
 from .source import DataSource, check_sources
 from .token_store import TokenStore, cached_store
@@ -177,16 +177,8 @@ def load_train_and_heldout(
     Both are mixed by the sources' weights. The rest as :func:`load_blocks`; ValueError also for a share outside (0, 1)
     or a source of a single block.
     """
-    if not 0.0 < heldout < 1.0:
-        raise ValueError(f"heldout must be in (0, 1), got {heldout!r}")
     parts = _stored_parts(sources, tokenizer, BlockLayout(length, context, isolate_documents), cache_dir, bos)
-    for part, source in zip(parts, sources, strict=True):
-        if len(part) < 2:
-            raise ValueError(f"{source.path} is too short: 1 block of {length} tokens cannot be split")
-    cuts = [len(part) - min(max(1, round(heldout * len(part))), len(part) - 1) for part in parts]
-    train = [Subset(part, range(cut)) for part, cut in zip(parts, cuts, strict=True)]
-    held = [Subset(part, range(cut, len(part))) for part, cut in zip(parts, cuts, strict=True)]
-    return mixed(train, sources), mixed(held, sources)
+    return train_and_heldout(parts, sources, heldout, example=f"block of {length} tokens")
 
 
 def _stored_parts(
@@ -205,3 +197,22 @@ def _stored_parts(
 def mixed(parts: Sequence[Dataset[dict[str, Tensor]]], sources: Sequence[DataSource]) -> Dataset[dict[str, Tensor]]:
     """The parts by their sources' weights; one alone is itself."""
     return parts[0] if len(parts) == 1 else MixedBlocks(parts, [source.weight for source in sources])
+
+
+def train_and_heldout(
+    parts: Sequence[Dataset[dict[str, Tensor]]], sources: Sequence[DataSource], share: float, *, example: str
+) -> tuple[Dataset[dict[str, Tensor]], Dataset[dict[str, Tensor]]]:
+    """(training examples, held-out ones): the last ``share`` of each part, at least one on either side, then mixed.
+
+    ValueError for a share outside (0, 1) or a part of a single ``example``, as the message calls it.
+    """
+    check_range("heldout", share, 0.0, 1.0, low_open=True, high_open=True)
+    train, held = [], []
+    for part, source in zip(parts, sources, strict=True):
+        size = len(part)  # type: ignore[arg-type]
+        if size < 2:
+            raise ValueError(f"{source.path} is too short: 1 {example} cannot be split")
+        cut = size - min(max(1, round(share * size)), size - 1)
+        train.append(Subset(part, range(cut)))
+        held.append(Subset(part, range(cut, size)))
+    return mixed(train, sources), mixed(held, sources)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..checks import check_choice
-from .blocks import mixed
+from .blocks import mixed, train_and_heldout
 from .packing import check_length
 from .source import DataSource, check_sources
 
@@ -89,6 +89,33 @@ def load_sft(
             texts; a chat that does not end with the assistant, or a template under which the prompt is no beginning of
             the chat; no example left.
     """
+    return mixed(_sft_parts(sources, tokenizer, length, padding, columns), sources)
+
+
+def load_sft_train_and_heldout(
+    sources: Sequence[DataSource],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    heldout: float,
+    padding: str = "eos",
+    columns: SftColumns | None = None,
+) -> tuple[Dataset[dict[str, Tensor]], Dataset[dict[str, Tensor]]]:
+    """(training examples, held-out ones): the last ``heldout`` share of each source's, at least one on either side.
+
+    The rest as :func:`load_sft`; ValueError also for a share outside (0, 1) or a source of a single example.
+    """
+    parts = _sft_parts(sources, tokenizer, length, padding, columns)
+    return train_and_heldout(parts, sources, heldout, example="example")
+
+
+def _sft_parts(
+    sources: Sequence[DataSource],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    padding: str,
+    columns: SftColumns | None,
+) -> list[SftExamples]:
     check_length(length)
     check_choice("padding", padding, PADDINGS)
     check_sources(sources)
@@ -108,10 +135,10 @@ def load_sft(
             warnings.warn(
                 f"{source.path}: of {len(pairs)} rows {part.n_dropped} dropped (prompt of {length} tokens or more), "
                 f"{part.n_truncated} responses cut",
-                stacklevel=2,
+                stacklevel=3,
             )
         parts.append(part)
-    return mixed(parts, sources)
+    return parts
 
 
 def _pair(

@@ -6,15 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from ..attention_mask import AttentionMask
-from ..checks import check_range, check_tensor
-from ..objective import draw_t
+from ..checks import check_int, check_range, check_tensor
+from ..objective import DiffusionObjective, ObjectiveConfig, draw_t
+from ..objective.model_forward import check_attention
+from ..objective.noising import targets
+from ..objective.streams import Attending, Streams, streams_of
 from .estimate import Estimate, concatenated
 
 LOGITS_ALIVE = 1 << 25  # entries of the largest logits chunk: 128 MB in float32
@@ -53,8 +55,8 @@ class DiffusionScores:
     """Held-out figures; the losses in nats.
 
     Attributes:
-        diffusion_loss: E_t[(1/t) * sum of nll over the masked] per token: the ELBO, an upper bound of the negative
-            log-likelihood (exact but for the t below t_min).
+        diffusion_loss: E_t[(1/t) * sum of nll over the masked] per token that could be scored: the ELBO, an upper bound
+            of the negative log-likelihood (exact but for the t below t_min).
         masked_loss: by t, nll per masked token, unweighted.
         masked_accuracy: by t, share of masked tokens whose largest logit is the right one.
         masked_loss_by_bin: by (low, high) bin of t, nll per masked token at the levels of diffusion_loss.
@@ -89,31 +91,52 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def check_blocks(blocks: Tensor) -> None:
-    """At least one block of at least two tokens."""
-    check_tensor("blocks", blocks, (torch.int32, torch.int64), ("N", "L"))
-    if blocks.shape[0] < 1 or blocks.shape[1] < 2:
-        raise ValueError(f"blocks must be at least [1, 2], got {list(blocks.shape)}")
+class Heldout(NamedTuple):
+    """A batch of held-out sequences: tokens [N, L] int32 or int64, and what is known of them, each [N, L] or None."""
+
+    blocks: Tensor
+    maskable: Tensor | None = None  # bool, False: a prompt
+    attention_mask: Tensor | None = None  # bool or int64, 0: padding
+    document_ids: Tensor | None = None  # int64
+
+    def checked(self) -> Heldout:
+        """At least one block of at least two tokens, and nothing of another shape."""
+        check_tensor("blocks", self.blocks, (torch.int32, torch.int64), ("N", "L"))
+        if self.blocks.shape[0] < 1 or self.blocks.shape[1] < 2:
+            raise ValueError(f"blocks must be at least [1, 2], got {list(self.blocks.shape)}")
+        targets(self.blocks.long(), *self[1:], shift=False)
+        return self
+
+    def split(self, size: int, device: torch.device) -> list[Heldout]:
+        """Batches on the device, their tokens int64."""
+        n_batches = len(self.blocks.split(size))
+        columns = [[None] * n_batches if x is None else [part.to(device) for part in x.split(size)] for x in self]
+        return [Heldout(blocks.long(), *rest) for blocks, *rest in zip(*columns, strict=True)]
+
+    def attending(self, ratio: float) -> Attending:
+        """Bidirectional attention (1) or causal (0), inside documents."""
+        return Attending(self.attention_mask, self.document_ids, ratio, 0, 0)
 
 
-def masked_scores(model: Any, x0: Tensor, xt: Tensor, scored: Tensor, *, shift: bool, **forward: Any) -> Tensor:
-    """For every scored token, in row-major order: its negative log-likelihood, and whether it has the largest logit.
+def masked_scores(model: Any, x0: Tensor, scored: Tensor, streams: Streams, *, shift: bool) -> Tensor:
+    """By sequence: the negative log-likelihood of its scored tokens, and how many of them have the largest logit.
 
     Args:
         model: a causal language model of transformers, adapted or not.
-        x0, xt: [B, L] int64 clean and noised tokens.
+        x0: [B, L] int64 clean tokens.
         scored: [B, L] bool; with the shift no entry of column 0.
+        streams: what the model reads.
         shift: logits row i scores token i+1.
-        forward: more arguments of the model's forward.
 
     Returns:
-        float32 [2, N]: nll, and 1 or 0.
+        float64 [2, B].
     """
-    hidden = model.base_model(input_ids=xt, use_cache=False, **forward).last_hidden_state  # [B, L, H]
+    hidden = model.base_model(**streams.inputs, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    rows = hidden[:, :-1][scored[:, 1:]] if shift else hidden[scored]  # [N, H], those that predict the scored tokens
+    rows = streams.predicting(scored, hidden, shift)  # [n, H]
     target = x0[scored]
+    by_token = torch.zeros((2, *scored.shape), dtype=torch.float64, device=x0.device)
     scores = []
     chunk = max(1, LOGITS_ALIVE // head.weight.shape[0])
     for start in range(0, len(rows), chunk):
@@ -123,7 +146,9 @@ def masked_scores(model: Any, x0: Tensor, xt: Tensor, scored: Tensor, *, shift: 
         ids = target[start : start + chunk]
         nll = nn.functional.cross_entropy(logits, ids, reduction="none")
         scores.append(torch.stack([nll, (logits.argmax(dim=1) == ids).float()]))
-    return torch.cat(scores, dim=1) if scores else hidden.new_zeros((2, 0), dtype=torch.float32)
+    if scores:
+        by_token[:, scored] = torch.cat(scores, dim=1).double()
+    return by_token.sum(dim=2)
 
 
 @dataclass(frozen=True)
@@ -131,22 +156,29 @@ class _Scorer:
     """One model under one kind of noise."""
 
     model: Any
-    mask_id: int
-    shift: bool
+    objective: DiffusionObjective
     seed: int
+    block_length: int | None
     diffusion_mask: AttentionMask | None
 
-    def __call__(self, x0: Tensor, sample_index: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise x0 [B, L] at t [B]; returns, by sequence, the sums of nll and hits and the scored tokens, [B]."""
-        noised = functional.mask_tokens(x0, t, mask_id=self.mask_id, seed=self.seed, sample_index=sample_index)
-        scored = noised.masked.clone()
-        if self.shift:
-            scored[:, 0] = False
-        scores = masked_scores(self.model, x0, noised.xt, scored, shift=self.shift, diffusion_mask=self.diffusion_mask)
-        by_token = torch.zeros((2, *scored.shape), dtype=torch.float64, device=x0.device)
-        by_token[:, scored] = scores.double()
-        nll, hits = by_token.sum(dim=2)
-        return nll, hits, scored.sum(dim=1)
+    def __call__(self, batch: Heldout, sample_index: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noise at t [B]; by sequence the sums of nll and hits, the scored tokens, and those that could be, [B]."""
+        x0, maskable, attention_mask, document_ids = batch
+        noised = self.objective.noise(
+            x0,
+            maskable=maskable,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            seed=self.seed,
+            sample_index=sample_index,
+            t=t,
+        )
+        shift = self.objective.config.shift
+        streams = streams_of(noised.xt, x0, batch.attending(1.0), self.block_length, shift)
+        if self.diffusion_mask is not None:
+            streams.inputs["diffusion_mask"] = self.diffusion_mask
+        nll, hits = masked_scores(self.model, x0, noised.scored, streams, shift=shift)
+        return nll, hits, noised.scored.sum(dim=1), noised.scorable.sum(dim=1)
 
 
 def diffusion_scores(
@@ -156,6 +188,10 @@ def diffusion_scores(
     *,
     mask_id: int,
     shift: bool,
+    maskable: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    block_length: int | None = None,
     diffusion_mask: AttentionMask | None = None,
     progress: Progress | None = None,
 ) -> DiffusionScores:
@@ -166,34 +202,46 @@ def diffusion_scores(
         blocks: [N, L] int32 or int64, held-out tokens; sequence i of the estimates is block i.
         config: the draws; None is ``EvaluationConfig()``.
         mask_id, shift: of the model (``DiffusionConfig.of(model)``). With the shift token 0 of a block is never scored.
-        diffusion_mask: attention of the evaluation; None is bidirectional.
+        maskable, attention_mask, document_ids: [N, L], as of :class:`DiffusionObjective`: prompts and padding are
+            neither noised nor scored nor counted.
+        block_length: of block diffusion: a noised block is predicted from itself and the clean blocks before it. All
+            blocks of a sequence have one level, so the figures are by t as without blocks; since no block sees another
+            one noised, their sum has the expectation that a level for each block gives.
+        diffusion_mask: attention of the evaluation of whole sequences; None is bidirectional.
         progress: called after each batch.
 
     Source: Sahoo et al., "Simple and Effective Masked Diffusion Language Models" (NeurIPS 2024), the continuous-time
-    bound for alpha_t = 1 - t, here per token and with stratified t.
+    bound for alpha_t = 1 - t, here per token and with stratified t; Arriola et al. (ICLR 2025) for blocks.
     """
-    check_blocks(blocks)
+    heldout = Heldout(blocks, maskable, attention_mask, document_ids).checked()
     config = EvaluationConfig() if config is None else config
+    check_attention(model)
+    if block_length is not None:
+        check_int("block_length", block_length, 1, 2**31 - 1)
+        if diffusion_mask is not None:
+            raise ValueError(f"diffusion_mask must be None with block_length={block_length}, whose mask is its own")
     device = next(model.parameters()).device
-    scorer = _Scorer(model, mask_id, shift, config.seed, diffusion_mask)
-    batches = torch.arange(len(blocks)).split(config.batch_size)
+    objective = DiffusionObjective(ObjectiveConfig(mask_id, shift=shift))
+    scorer = _Scorer(model, objective, config.seed, block_length, diffusion_mask)
+    batches = heldout.split(config.batch_size, device)
     elbo: list[tuple[Tensor, Tensor]] = []
     by_draw: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.draws)]
     loss: dict[float, list[tuple[Tensor, Tensor]]] = {t: [] for t in config.times}
     accuracy: dict[float, list[tuple[Tensor, Tensor]]] = {t: [] for t in config.times}
     with evaluating(model):
-        for done, rows in enumerate(batches, start=1):
-            x0, number = blocks[rows].long().to(device), rows.to(device)
-            weighted = torch.zeros(len(rows), dtype=torch.float64, device=device)
+        for done, batch in enumerate(batches, start=1):
+            size = len(batch.blocks)
+            number = torch.arange(size, device=device) + (done - 1) * config.batch_size
+            weighted = torch.zeros(size, dtype=torch.float64, device=device)
             for draw in range(config.draws):
                 index = number * config.draws + draw
                 t = draw_t(index, config.seed, t_min=config.t_min, strata=config.draws)
-                nll, _, count = scorer(x0, index, t)
+                nll, _, count, scorable = scorer(batch, index, t)
                 by_draw[draw].append((nll, count))
                 weighted += nll / t.double()
-            elbo.append((weighted, torch.full_like(weighted, config.draws * (x0.shape[1] - int(shift)))))
+            elbo.append((weighted, config.draws * scorable))
             for level in config.times:
-                nll, hits, count = scorer(x0, number, torch.full((len(rows),), level, device=device))
+                nll, hits, count, _ = scorer(batch, number, torch.full((size,), level, device=device))
                 loss[level].append((nll, count))
                 accuracy[level].append((hits, count))
             if progress is not None:

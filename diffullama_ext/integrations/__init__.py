@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the package meets other libraries."""
 
-from .loading import load, load_causal_lm
+from .loading import load, load_causal_lm, names_diffusion_model
 from .lora import add_lora
 from .published import CONVENTIONS, Convention, save_wrapped
-from .transformers import DiffusionConfig, adapt, prepare, register_attention
+from .transformers import DiffusionConfig, adapt, is_adapted, prepare, register_attention
 
 __all__ = [
     "CONVENTIONS",
@@ -12,8 +12,10 @@ __all__ = [
     "DiffusionConfig",
     "adapt",
     "add_lora",
+    "is_adapted",
     "load",
     "load_causal_lm",
+    "names_diffusion_model",
     "prepare",
     "register_attention",
     "save_wrapped",

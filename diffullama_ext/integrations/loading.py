@@ -118,6 +118,11 @@ def _is_adapter(name: str) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
+def names_diffusion_model(path_or_id: str | Path) -> bool:
+    """Whether the name alone says so: a published model, or a folder that holds only an adapter."""
+    return family_of(path_or_id) in PUBLISHED or _is_adapter(str(path_or_id))
+
+
 def _with_adapter(model: PreTrainedModel, name: str, merge: bool) -> Any:
     """``model`` with the LoRA weights in the folder ``name``, merged or as a trainable PeftModel."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict

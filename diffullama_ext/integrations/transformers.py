@@ -57,20 +57,26 @@ class DiffusionConfig:
         config = model.config
         diffusion = getattr(config, "diffusion", None)
         mask_id = getattr(config, "mask_token_id", None)
-        if getattr(config, "is_causal", True) or diffusion is None or mask_id is None:
+        if not is_adapted(model):
             name = getattr(config, "_name_or_path", "") or type(model).__name__
             raise ValueError(
                 f"{name} is not adapted to diffusion: its config must have is_causal=False, mask_token_id and "
                 f"diffusion, got is_causal={getattr(config, 'is_causal', None)}, mask_token_id={mask_id}, "
                 f"diffusion={diffusion}; call diffullama_ext.integrations.adapt first"
             )
-        return cls(mask_id=mask_id, **diffusion)
+        return cls(mask_id=config.mask_token_id, **config.diffusion)
 
     def write(self, model: PreTrainedModel) -> None:
         """Put it, and ``is_causal=False``, into ``model.config``."""
         model.config.is_causal = False
         model.config.mask_token_id = self.mask_id
         model.config.diffusion = {"shift": self.shift, "anneal_steps": self.anneal_steps}
+
+
+def is_adapted(model: PreTrainedModel) -> bool:
+    """Whether ``model.config`` says that the model is a diffusion model, as :func:`adapt` writes it."""
+    known = (getattr(model.config, name, None) is not None for name in ("mask_token_id", "diffusion"))
+    return not getattr(model.config, "is_causal", True) and all(known)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -91,6 +97,8 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' AttentionInterface, over :func:`diffullama_ext.attention`.
+
+    Gradients repeat bit for bit on CUDA under ``torch.use_deterministic_algorithms(True)``.
 
     Args:
         module: the calling attention layer.

@@ -14,15 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_tensor
 from ..functional import LossStats, linear_shifted_cross_entropy
 from ..functional.random import index_tensor
 from ..functional.shifted_cross_entropy import normalized, sequence_weight
 from .config import ObjectiveConfig
 from .distillation import TeacherTopK, teacher_top_k, top_k_divergence
 from .model_forward import Score, check_ids, forward_to_score
-from .noising import noise, token_weight
-from .streams import Attending, Streams, one_stream, two_streams
+from .noising import noise, targets, token_weight
+from .streams import Attending, Streams, streams_of
 
 
 class ObjectiveOutput(NamedTuple):
@@ -56,7 +55,8 @@ def _counts_for_host(batch: NoisedBatch) -> Callable[[], tuple[int | None, bool]
     if torch.compiler.is_compiling():  # a number would be a constant of the graph
         return lambda: (None, False)
     if scored.device.type != "cuda":
-        return lambda: (None, not bool((scored | scorable).any()))
+        is_empty = not bool((scored | scorable).any())
+        return lambda: (None, is_empty)
     if torch.cuda.is_current_stream_capturing():  # replays have other counts: bound them all
         return lambda: (scored.numel(), False)
     counts = torch.empty(2, dtype=torch.int64, pin_memory=True)
@@ -65,8 +65,6 @@ def _counts_for_host(batch: NoisedBatch) -> Callable[[], tuple[int | None, bool]
     copied.record(torch.cuda.current_stream(scored.device))
 
     def read() -> tuple[int | None, bool]:
-        if torch.compiler.is_compiling():
-            return None, False
         copied.synchronize()
         n_scored, n_scorable = counts.tolist()
         return n_scored, n_scored == 0 and n_scorable == 0
@@ -148,11 +146,13 @@ class DiffusionObjective:
         )
         counts = _counts_for_host(batch)
         how = Attending(attention_mask, document_ids, attn_mask_ratio, seed, step)
-        streams = self._streams(batch, how, block_length, self.config.shift)
+        streams = streams_of(batch.xt, batch.x0, how, block_length, self.config.shift)
         teacher = None if self.teacher is None else self._teach(batch, how, block_length)
         normalizer = self.config.normalizer if normalizer is None else normalizer
         score = self._score(batch, streams, counts, teacher, normalizer)
         loss, *stats = forward_to_score(model, streams.inputs, score)
+        if counts()[1]:
+            self._count_empty_batch()
         return ObjectiveOutput(loss, LossStats(*stats), batch.scored, batch.t)
 
     def denominator(
@@ -203,29 +203,9 @@ class DiffusionObjective:
     def _targets(
         self, x0: Tensor, maskable: Tensor | None, attention_mask: Tensor | None, document_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """[B, L] bool each: tokens that may be noised, and real tokens that the logits row of a real token predicts."""
-        check_tensor("x0", x0, torch.int64, ("B", "L"))
-        shape = tuple(x0.shape)
-        if maskable is None:
-            maskable = torch.ones_like(x0, dtype=torch.bool)
-        check_tensor("maskable", maskable, torch.bool, shape, x0.device)
-        predicted = torch.ones_like(maskable)
-        if attention_mask is not None:
-            check_tensor("attention_mask", attention_mask, (torch.bool, torch.int64), shape, x0.device)
-            predicted &= attention_mask.bool()
-            maskable = maskable & attention_mask.bool()
-        if self.config.shift:
-            predicted[:, 1:] &= predicted[:, :-1].clone()
-            predicted[:, :1] = False
-        if document_ids is not None:
-            check_tensor("document_ids", document_ids, torch.int64, shape, x0.device)
-            if self.config.loss_weight == "cart":
-                raise ValueError(
-                    "document_ids must be None with loss_weight='cart', whose weights look across documents"
-                )
-            if self.config.shift:
-                predicted[:, 1:] &= document_ids[:, 1:] == document_ids[:, :-1]
-        return maskable, predicted
+        if document_ids is not None and self.config.loss_weight == "cart":
+            raise ValueError("document_ids must be None with loss_weight='cart', whose weights look across documents")
+        return targets(x0, maskable, attention_mask, document_ids, shift=self.config.shift)
 
     def noise(
         self,
@@ -257,11 +237,6 @@ class DiffusionObjective:
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def _streams(self, batch: NoisedBatch, how: Attending, block_length: int | None, shift: bool) -> Streams:
-        if block_length is None:
-            return one_stream(batch.xt, how)
-        return two_streams(batch.xt, batch.x0, how, block_length, shift)
-
     def _score(
         self,
         batch: NoisedBatch,
@@ -273,9 +248,7 @@ class DiffusionObjective:
         shift = self.config.shift and streams.rows is None
 
         def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> tuple[Tensor, ...]:
-            max_scored, is_empty = counts()
-            if is_empty:
-                self._count_empty_batch()
+            max_scored = None if torch.compiler.is_compiling() else counts()[0]
             loss, stats = linear_shifted_cross_entropy(
                 hidden if streams.rows is None else hidden.index_select(1, streams.rows),
                 weight,
@@ -313,11 +286,11 @@ class DiffusionObjective:
         shift = config.shift if config.teacher_shift is None else config.teacher_shift
         if block_length is not None and config.teacher_block_length is not None:
             block_length = config.teacher_block_length
-        streams = self._streams(batch, how._replace(ratio=1.0), block_length, shift)
+        streams = streams_of(batch.xt, batch.x0, how._replace(ratio=1.0), block_length, shift)
         vocab: list[int] = []
 
         def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> tuple[Tensor, ...]:
-            rows = _rows_of(batch.scored, hidden, streams, shift)
+            rows = streams.predicting(batch.scored, hidden, shift)
             vocab.append(weight.shape[0])
             return teacher_top_k(
                 rows,
@@ -348,14 +321,7 @@ class DiffusionObjective:
         row_weight = torch.ones_like(batch.loss_weight)
         if isinstance(normalizer, str) and normalizer == "sequence":
             row_weight = sequence_weight(row_weight, batch.scored, batch.scorable, shift)
-        rows = _rows_of(batch.scored, hidden, streams, shift)
+        rows = streams.predicting(batch.scored, hidden, shift)
         row_weight = row_weight[batch.scored]
         temperature = self.config.distill_temperature
         return top_k_divergence(rows, weight, bias, softcap, teacher, row_weight, temperature=temperature)
-
-
-def _rows_of(scored: Tensor, hidden: Tensor, streams: Streams, shift: bool) -> Tensor:
-    """[n_scored, H]: the hidden states that predict the scored tokens; it waits for the device to count them."""
-    sequence, token = scored.nonzero(as_tuple=True)
-    row = token - int(shift) if streams.rows is None else streams.rows[token]
-    return hidden[sequence, row.clamp(min=0)]

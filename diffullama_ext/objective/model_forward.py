@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .config import ObjectiveConfig
 
@@ -46,8 +47,8 @@ _CHECKED_HEADS: WeakSet[nn.Module] = WeakSet()
 
 def _check_head(causal_lm: nn.Module, expected: Tensor, logits: Tensor) -> None:
     """Once a model: its logits are those of the head alone. Some architectures scale or bias them elsewhere."""
-    difference = (logits[:, -1:].float() - expected.float()).abs().max()
-    if difference > 0.05 * logits.float().abs().max():
+    difference = (logits - expected).abs().max()
+    if difference > 0.05 * logits.abs().max():
         raise ValueError(
             f"the logits of {type(causal_lm).__name__} are not its head's output (they differ by {difference:.3g}), so "
             "the loss cannot be computed from its hidden states"
@@ -56,9 +57,28 @@ def _check_head(causal_lm: nn.Module, expected: Tensor, logits: Tensor) -> None:
 
 
 def head_weight(head: Any) -> Tensor:
-    """[V, H] of the head; with the rows that peft trains apart (trainable_token_indices) of a tied embedding."""
+    """[V, H] of the head; with the rows that peft trains apart (trainable_token_indices) of a tied embedding.
+
+    ValueError where it holds no such numbers itself: quantised (bitsandbytes, torchao) or partitioned (ZeRO-3).
+    """
     adapter = getattr(head, "token_adapter", None)
-    return head.weight if adapter is None else adapter.get_merged_weights(adapter.active_adapters)
+    weight = head.weight if adapter is None else adapter.get_merged_weights(adapter.active_adapters)
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError(
+            f"the head's weight must be whole floating point numbers [V, H], got {type(weight).__name__} "
+            f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}; where the model is quantised leave the "
+            "head out (llm_int8_skip_modules or modules_to_not_convert=['lm_head']), and use ZeRO-2 or FSDP2 for ZeRO-3"
+        )
+    return weight
+
+
+def check_attention(causal_lm: Any) -> None:
+    """ValueError where the model's attention would drop a diffusion_mask without a word."""
+    if causal_lm.config._attn_implementation != "diffullama":
+        raise ValueError(
+            f"the model's attention must be 'diffullama', got {causal_lm.config._attn_implementation!r}; "
+            "call diffullama_ext.integrations.prepare(model)"
+        )
 
 
 def forward_to_score(model: nn.Module, inputs: dict[str, object], score: Score) -> tuple[Tensor, ...]:
@@ -75,33 +95,34 @@ def forward_to_score(model: nn.Module, inputs: dict[str, object], score: Score) 
             f"the head is a {type(head).__name__} of an adapter, whose weight is not all of it: leave it out of "
             "target_modules, or train it whole by modules_to_save"
         )
-    if causal_lm.config._attn_implementation != "diffullama":  # any other drops diffusion_mask without a word
-        raise ValueError(
-            f"the model's attention must be 'diffullama', got {causal_lm.config._attn_implementation!r}; "
-            "call diffullama_ext.integrations.prepare(model)"
-        )
+    check_attention(causal_lm)
     softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
     made: list[tuple[Tensor, ...]] = []
-    expected: list[Tensor] = []
+    last: list[Tensor] = []  # logits of the last token, the head's and the model's
 
     def at_decoder(module: nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
+        if hasattr(head, "unshard"):  # FSDP2 sharded the head alone, and gathers it after the decoder
+            head.unshard()
         hidden, bias = output[0], getattr(head, "bias", None)
         weight = head_weight(head)
         made.append(score(hidden, weight, bias, softcap))
-        if causal_lm not in _CHECKED_HEADS:
+        if is_compiling() or causal_lm not in _CHECKED_HEADS:  # a compiled graph is the same at every step
             logits = nn.functional.linear(hidden[:, -1:].detach(), weight.detach(), bias)
-            expected.append(softcap * torch.tanh(logits / softcap) if softcap else logits)
+            last.append(softcap * torch.tanh(logits / softcap) if softcap else logits)
 
     def at_model(module: nn.Module, args: object, output: Any) -> tuple[Tensor, ...]:
         if not made:
             raise ValueError(f"the forward of {type(causal_lm).__name__} does not call its {type(decoder).__name__}")
-        if expected:
-            _check_head(causal_lm, expected[0], output.logits)
+        if last:
+            last.append(output.logits[:, -1:].detach())
         return made[0]
 
     handles = (decoder.register_forward_hook(at_decoder), causal_lm.register_forward_hook(at_model, prepend=True))
     try:
-        return model(**inputs)
+        output = model(**inputs, logits_to_keep=1)  # the model's own logits are not used
     finally:
         for handle in handles:
             handle.remove()
+    if last and not is_compiling() and causal_lm not in _CHECKED_HEADS:
+        _check_head(causal_lm, last[0].float(), last[1].float())
+    return output

@@ -39,6 +39,34 @@ class _Draw(NamedTuple):
     block_length: int | None
 
 
+def targets(
+    x0: Tensor, maskable: Tensor | None, attention_mask: Tensor | None, document_ids: Tensor | None, *, shift: bool
+) -> tuple[Tensor, Tensor]:
+    """[B, L] bool each: tokens that may be noised, and real tokens that the logits row of a real token predicts.
+
+    Args:
+        x0: [B, L] int64; maskable: bool, attention_mask: bool or int64, document_ids: int64, each [B, L] or None.
+    """
+    check_tensor("x0", x0, torch.int64, ("B", "L"))
+    shape = tuple(x0.shape)
+    if maskable is None:
+        maskable = torch.ones_like(x0, dtype=torch.bool)
+    check_tensor("maskable", maskable, torch.bool, shape, x0.device)
+    predicted = torch.ones_like(maskable)
+    if attention_mask is not None:
+        check_tensor("attention_mask", attention_mask, (torch.bool, torch.int64), shape, x0.device)
+        predicted &= attention_mask.bool()
+        maskable = maskable & attention_mask.bool()
+    if document_ids is not None:
+        check_tensor("document_ids", document_ids, torch.int64, shape, x0.device)
+    if shift:
+        predicted[:, 1:] &= predicted[:, :-1].clone()
+        predicted[:, :1] = False
+        if document_ids is not None:
+            predicted[:, 1:] &= document_ids[:, 1:] == document_ids[:, :-1]
+    return maskable, predicted
+
+
 def noise(
     config: ObjectiveConfig,
     x0: Tensor,

@@ -27,6 +27,20 @@ class Streams(NamedTuple):
     inputs: dict[str, object]  # keyword arguments of the forward
     rows: Tensor | None  # [L] int64: token j is predicted by row rows[j]; None: j - 1 with the shift, j without
 
+    def predicting(self, scored: Tensor, hidden: Tensor, shift: bool) -> Tensor:
+        """[n, H]: the hidden states [N, rows, H] that predict the n scored tokens of [N, L], in row-major order.
+
+        It waits for the device to count them.
+        """
+        sequence, token = scored.nonzero(as_tuple=True)
+        row = token - int(shift) if self.rows is None else self.rows[token]
+        return hidden[sequence, row.clamp(min=0)]
+
+
+def streams_of(xt: Tensor, x0: Tensor, how: Attending, block_length: int | None, shift: bool) -> Streams:
+    """Of noised and clean tokens [N, L]; ``block_length`` None is diffusion over the whole sequence."""
+    return one_stream(xt, how) if block_length is None else two_streams(xt, x0, how, block_length, shift)
+
 
 def one_stream(xt: Tensor, how: Attending) -> Streams:
     """The noised tokens under the annealed mask, documents apart where their ids are given."""
@@ -72,8 +86,7 @@ def _tiled(values: Tensor, xt: Tensor) -> Tensor:
 
 
 def _inputs(input_ids: Tensor, mask: AttentionMask, how: Attending, copies: int) -> dict[str, object]:
-    """logits_to_keep: the model's own logits are not used."""
-    inputs: dict[str, object] = {"input_ids": input_ids, "diffusion_mask": mask, "logits_to_keep": 1}
+    inputs: dict[str, object] = {"input_ids": input_ids, "diffusion_mask": mask}
     if how.attention_mask is not None:
         inputs["attention_mask"] = _tiled(how.attention_mask, input_ids).repeat(1, copies)
     position = _positions(how, input_ids.shape[1] // copies, copies, input_ids.device)

@@ -17,6 +17,7 @@ j: a block [s, e) needs the logits rows s - 1..e - 2, and the keys of s..e - 1, 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -74,6 +75,10 @@ class _PositionLayer(CacheLayerMixin):
         """Of the sequences."""
         return self.length
 
+    def get_max_cache_shape(self) -> int:
+        """The name of get_max_length in older versions of transformers."""
+        return self.length
+
 
 class _PositionCache(Cache):
     """The layers of a model."""
@@ -86,6 +91,16 @@ class _PositionCache(Cache):
         """What the next forward is of: int64 [M], [M, W]."""
         for layer in self.by_position:
             layer.sequences, layer.positions = sequences, positions
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """What the forward inside any wrapper calls its cache: "cache" in newer versions of transformers."""
+    for module in model.modules():
+        taken = inspect.signature(module.forward).parameters
+        for name in ("cache", "past_key_values"):
+            if name in taken:
+                return name
+    return "past_key_values"
 
 
 class CacheDrift(NamedTuple):
@@ -210,9 +225,8 @@ class CachedDenoiser:
             input_ids=state.xt[index].gather(1, positions),
             position_ids=positions,
             attention_mask=None if self.attention_mask is None else self.attention_mask[index],
-            past_key_values=self._cache,
             use_cache=True,
-            **inputs,
+            **inputs | {_cache_argument(self.model): self._cache},
         )
         return Scored(logits, index[inside[:, 0]] * length + inside[:, 1])
 

@@ -49,7 +49,7 @@ def unmasking(
     steps: int | None = None,
     policy: str | Policy = "confidence",
     block_length: int | None = None,
-    cache: str | None = None,
+    step_cache: str | None = None,
     cfg: float = 0.0,
     seed: int | Tensor | None = None,
     on_step: StepHook | None = None,
@@ -64,8 +64,9 @@ def unmasking(
     meaning here is refused, not ignored: beams, streamers, other logits processors and stopping criteria.
 
     Args:
-        steps, policy, block_length, cache, cfg, seed, on_step: of :func:`generate`, and keywords of ``model.generate``.
+        steps, policy, block_length, cfg, seed, on_step: of :func:`generate`, and keywords of ``model.generate``.
             ``seed`` None draws one from torch's generator, as transformers does.
+        step_cache: ``cache`` of :func:`generate`; by that name transformers has its own.
 
     Returns:
         int64 [B * num_return_sequences, P + max_new_tokens], or :class:`UnmaskingOutput`.
@@ -97,7 +98,7 @@ def unmasking(
         seed=seed,
         on_step=on_step,
         eos_id=eos_ids[0] if len(eos_ids) == 1 else None,
-        cache=cache,
+        cache=step_cache,
         cfg=cfg,
     )
     sequences = out.sequences

@@ -12,7 +12,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..integrations import DiffusionConfig
@@ -114,6 +122,8 @@ class DiffusionTrainer(Trainer):
             raise ValueError(f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func must be None; the loss is that of `objective`")
+        if getattr(args, "save_on_each_node", False):
+            raise ValueError("save_on_each_node must be False: a checkpoint is one folder that all nodes write into")
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = _numbered(kwargs.get(name))
         if kwargs.get("data_collator") is None:
@@ -210,6 +220,51 @@ class DiffusionTrainer(Trainer):
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds parts of the model only: under FSDP and ZeRO-3."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of Trainer; of a model under FSDP all of it, in one piece, whatever form its checkpoints have."""
+        if not self.is_fsdp_enabled or _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        model, state, folder = cast(Any, self.model), {}, output_dir or cast(str, self.args.output_dir)
+        for name, tensor in model.state_dict().items():
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # every process takes part
+            if self.args.should_save:
+                state[name] = whole.cpu()
+        if self.args.should_save:
+            if not hasattr(model, "peft_config"):  # save_pretrained would look into parameters that are in parts
+                with torch.device("meta"):
+                    model = AutoModelForCausalLM.from_config(model.config)
+                model.load_state_dict(state, assign=True)
+                model.tie_weights()
+            model.save_pretrained(folder, state_dict=state)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+        return None
+
+    def _check_folder_is_shared(self) -> None:
+        """OSError on every process where one does not see what process 0 writes: its part of checkpoints would lack."""
+        out = Path(self.args.output_dir or "")
+        sign = out / ".shared"
+        if self.is_world_process_zero():
+            out.mkdir(parents=True, exist_ok=True)
+            sign.touch()
+        self.accelerator.wait_for_everyone()
+        seen = torch.tensor(int(sign.exists()), device=self.args.device)
+        count = int(self.accelerator.reduce(seen, reduction="sum"))
+        if self.is_world_process_zero():
+            sign.unlink()
+        if count < self.args.world_size:
+            raise OSError(
+                f"output_dir must be on a file system that all nodes see, but {self.args.world_size - count} of "
+                f"{self.args.world_size} processes do not see what process 0 writes in {out}"
+            )
+
     def run_identity(self) -> dict[str, Any]:
         """What a run may not change when it resumes, for JSON; processes and micro-batches it may."""
         args, dataset = self.args, cast(Any, self.train_dataset)
@@ -231,6 +286,8 @@ class DiffusionTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Of Trainer; ValueError for a checkpoint that is torn or of another run. True takes the last one."""
+        if self.args.world_size > 1:
+            self._check_folder_is_shared()
         if resume_from_checkpoint is True:
             found = checkpoints(self.args.output_dir or "")
             if not found:

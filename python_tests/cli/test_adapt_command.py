@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`diffullama adapt`, on a model and data of the user's."""
 
+import errno
 import json
 import os
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 QUICK = ("--steps", 6, "--length", 16, "--batch-size", 4, "--learning-rate", 0.01, "--device", "cpu")
 
@@ -109,12 +110,49 @@ def test_models_that_cannot_be_adapted(fails, models, text_file, tmp_path, name)
         (("--length", 64), "--length must be at most the model's 32 positions, got 64"),
         (("--anneal-steps", 7), "anneal_steps must be at most steps, got 7 and 6"),
         (("--heldout", 1.5), "heldout must be in (0, 1), got 1.5"),
+        (("--mask-token", 5000), "mask_token must be in [0, "),
+        (("--objective", "noise=mix", "--objective", "vocab_size=999"), "vocab_size must be within the model's "),
     ],
-    ids=["length", "annealing", "share"],
+    ids=["length", "annealing", "share", "mask id", "vocabulary"],
 )
 def test_options_that_do_not_fit(fails, models, text_file, tmp_path, options, text):
     arguments = ("--model", models / "gpt2", "--data", text_file, "--out", tmp_path / "out")
     fails(2, (text,), "adapt", *arguments, *QUICK, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tied_embeddings_stay_tied_where_the_mask_token_makes_them_longer(run, models, text_file, tmp_path):
+    before = AutoModelForCausalLM.from_pretrained(models / "gpt2")
+    out = tmp_path / "out"
+    assert run("adapt", "--model", models / "gpt2", "--data", text_file, "--out", out, *QUICK).exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert before.config.tie_word_embeddings
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert len(model.lm_head.weight) == model.config.vocab_size == before.config.vocab_size + 1
+    assert model.config.mask_token_id == before.config.vocab_size
+
+
+def test_a_full_disk_at_the_end_leaves_no_half_model(run, models, text_file, tmp_path, monkeypatch):
+    """The tokenizer's files, the last to be written, do not fit. The same command then saves from the checkpoint."""
+    command = ("adapt", "--model", models / "gpt2", "--data", text_file, *QUICK, "--out")
+    save = PreTrainedTokenizerBase.save_pretrained
+
+    def full(self, folder, *arguments, **options):
+        if ".model." in str(folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(self, folder, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+        result = run(*command, tmp_path / "cut")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    left = {path.name for path in (tmp_path / "cut").iterdir()}
+    assert left == {"run.yaml", "environment.json", "curves.json", "checkpoint-5", "checkpoint-6"}
+    for name in ("cut", "whole"):
+        assert run(*command, tmp_path / name).exit_code == 0
+    cut, whole = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("cut", "whole"))
+    assert all(torch.equal(p, q) for p, q in zip(cut.parameters(), whole.parameters(), strict=True))
 
 
 def test_a_folder_with_something_in_it_is_left_alone(fails, models, text_file, tmp_path):

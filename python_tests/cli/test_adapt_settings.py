@@ -3,9 +3,12 @@
 
 import dataclasses
 import json
+import math
+import re
 import signal
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -45,7 +48,9 @@ def test_yaml_and_flags_mean_the_same(run, models, text_file, tmp_path):
 
 
 def test_later_sources_win_and_objectives_merge(tmp_path):
-    (tmp_path / "a.yaml").write_text("steps: 50\nobjective: {t_min: 0.01}\nlearning-rate: 1e-4\nanneal_steps: 5\n")
+    (tmp_path / "a.yaml").write_text(
+        "steps: 50\nobjective: {t_min: 0.01}\nlearning-rate: 1e-4\nanneal_steps: 5\nwarmup_steps: 4\n"
+    )
     config = AdaptConfig.resolve("diffugpt-s", tmp_path / "a.yaml", {"steps": 60})
     assert (config.steps, config.learning_rate, config.length, config.mask_token) == (60, 1e-4, 512, "10541")
     assert config.objective_config(mask_id=3) == ObjectiveConfig.recipe("diffullama", mask_id=3, t_min=0.01)
@@ -77,11 +82,75 @@ def test_presets_are_the_papers():
         ({"objective": {"normalizer": "x"}}, "normalizer must be one of"),
         ({"bf16": True, "fp16": True}, "one of bf16 and fp16 must be False"),
         ({"schedule": "square"}, "schedule must be one of"),
+        ({"objective": {"mask_id": 3}}, "objective: no such setting: mask_id"),
+        ({"objective": {"t_min": "small"}}, "objective t_min must be float, got 'small'"),
+        ({"objective": {"recipe": "x"}}, "recipe must be one of 'diffullama', .*, got 'x'"),
+        ({"objective": {"shift": False}}, "shift must be given as a setting of its own"),
+        ({"objective": {"distill_weight": 0.5}}, "teacher and a distill_weight above 0 need each other, got None and"),
+        ({"teacher": "x"}, "need each other, got 'x' and 0"),
+        ({"warmup_steps": 11, "steps": 10}, "warmup_steps must be at most steps, got 11 and 10"),
+        ({"anneal_steps": 11, "steps": 10}, "anneal_steps must be at most steps, got 11 and 10"),
+        ({"data": {"a": 1}}, "data must be a list, got {'a': 1}"),
+        ({"data": [["a"]]}, r"data must be str, got \['a'\]"),
+        ({"mask_token": ""}, "mask_token must not be empty"),
+        ({"column": "text"} | {"isolate_documents": True, "sft": True}, "isolate_documents has no meaning with sft"),
+        ({"padding": "exclude"}, "padding has no meaning without sft, got 'exclude'"),
+        ({"response_column": "a"}, "response_column has no meaning without sft, got 'a'"),
+        ({"lora_alpha": 4}, "lora_alpha has no meaning with lora_rank 0, got 4"),
+        ({"lora_dropout": 0.1}, "lora_dropout has no meaning with lora_rank 0, got 0.1"),
+        ({"context": "all"}, "context must be one of 'overlap', 'none', got 'all'"),
+        ({"padding": "left", "sft": True}, "padding must be one of 'eos', 'exclude', got 'left'"),
+        ({"device": "tpu"}, "device must be one of 'auto', 'cpu', 'cuda', got 'tpu'"),
     ],
 )
 def test_wrong_settings(given, message):
     with pytest.raises(ValueError, match=message):
         AdaptConfig.resolve(given=given)
+
+
+BOUNDS = {  # name: (need, below or at the open lower end, above or at the open upper end)
+    **{name: ("[1, 2.14748e+09]", 0, 2**31) for name in ("steps", "batch_size", "accumulate", "global_batch_size")},
+    **{name: ("[1, 2.14748e+09]", 0, 2**31) for name in ("save_total_limit", "save_steps", "eval_steps")},
+    **{name: ("[1, 2.14748e+09]", 0, 2**31) for name in ("logging_steps", "lora_alpha")},
+    **{name: ("[0, 2.14748e+09]", -1, 2**31) for name in ("anneal_steps", "warmup_steps", "lora_rank")},
+    **{name: ("[0, inf)", -0.1, math.inf) for name in ("weight_decay", "max_grad_norm")},
+    "learning_rate": ("(0, inf)", 0.0, math.inf),
+    "data_weight": ("(0, inf)", 0.0, math.inf),
+    "adam_beta2": ("[0, 1)", -0.1, 1.0),
+    "lora_dropout": ("[0, 1)", -0.1, 1.0),
+    "heldout": ("(0, 1)", 0.0, 1.0),
+    "length": ("[2, 2.14748e+09]", 1, 2**31),
+    "seed": ("[0, 4.29497e+09]", -1, 2**32),
+}
+
+
+def test_each_number_has_its_interval():
+    kinds = get_type_hints(AdaptConfig)
+    numbers = {n for n, kind in kinds.items() if kind in (int, float, int | None, float | None, tuple[float, ...])}
+    assert set(BOUNDS) == numbers
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_numbers_outside_their_interval(name):
+    need, low, high = BOUNDS[name]
+    for value in (low, high):
+        with pytest.raises(ValueError, match=re.escape(f"{name} must be in {need}, got {value!r}")):
+            AdaptConfig.resolve(given={name: value})
+    if isinstance(high, float):
+        with pytest.raises(ValueError, match=re.escape(f"{name} must be in {need}, got nan")):
+            AdaptConfig.resolve(given={name: math.nan})
+    wrong = "many" if name != "data_weight" else ["many"]
+    with pytest.raises(ValueError, match=f"{name} must be (int|float), got 'many'"):
+        AdaptConfig.resolve(given={name: wrong})
+
+
+def test_the_shift_is_the_users_the_models_or_the_recipes():
+    plain, llada = AdaptConfig(), AdaptConfig(objective={"recipe": "llada"})
+    assert (plain.shifted(), plain.shifted(False), llada.shifted(), llada.shifted(True)) == (True, False, False, True)
+    told = AdaptConfig(shift=True, objective={"recipe": "llada"})
+    assert told.shifted(False)
+    assert told.objective_config(mask_id=3).shift
+    assert not llada.objective_config(mask_id=3).shift
 
 
 def test_a_global_batch_must_divide():
@@ -90,7 +159,14 @@ def test_a_global_batch_must_divide():
 
 
 def test_files_that_hold_no_settings(fails, tmp_path):
-    for text, message in (("a: [", "is not YAML"), ("- a", "must hold settings as `name: value`, got list")):
+    for text, message in (
+        ("a: [", "is not YAML"),
+        ("- a", "must hold settings as `name: value`, got list"),
+        ("steps: 3\nseed: 1\nsteps: 4\n", "given more than once: steps"),
+        ("batch-size: 3\nbatch_size: 4\n", "given more than once: batch_size"),
+        ("objective: {t_min: 0.1, t_min: 0.2}\n", "given more than once: t_min"),
+        ("step: 3\n", "c.yaml: no such setting: step"),
+    ):
         (tmp_path / "c.yaml").write_text(text)
         fails(2, (message,), "adapt", "--out", tmp_path / "out", "--config", tmp_path / "c.yaml")
     fails(2, ("--model must be given",), "adapt", "--out", tmp_path / "out")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA with a trainable mask token, quantised linears left alone, weights of GGUF files."""
+"""LoRA with a trainable mask token, weights of GGUF files."""
 
 from pathlib import Path
 
@@ -37,19 +37,6 @@ def test_lora_trains_the_mask_tokens_row_and_no_other(family: str) -> None:
     changed = (merged.get_input_embeddings().weight != before).any(dim=1)
     assert changed.nonzero().flatten().tolist() == [MASK_ID]
     assert loss_of(merged).item() == pytest.approx(trained, rel=1e-4)
-
-
-def test_quantised_linears_are_left_alone() -> None:
-    torchao = pytest.importorskip("torchao.quantization")
-    model = adapt(causal_lm("llama"), mask_token=MASK_ID)
-    exact = loss_of(model).item()
-    torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
-    weight = model.model.layers[0].mlp.up_proj.weight
-    assert loss_of(model).item() == pytest.approx(exact, rel=0.1)
-    loss_of(model).backward()
-    assert type(weight).__name__ == "Int8Tensor"
-    assert model.model.layers[0].mlp.up_proj.weight is weight
-    assert model.lm_head.weight.grad.abs().sum() > 0
 
 
 def test_gguf_weights_come_through_transformers(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def fsdp2(model: PreTrainedModel) -> nn.Module:
 
 def compiled(model: PreTrainedModel) -> nn.Module:
     torch._dynamo.reset()
-    return torch.compile(model, backend="aot_eager")
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
 
 
 @pytest.mark.usefixtures("process_group")
@@ -212,7 +212,9 @@ def test_a_head_with_lora_is_refused() -> None:
         objective()(model, tokens(), **CALL)
 
 
-def test_logits_scaled_outside_the_head_are_refused() -> None:
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`", "ignore:The .grad attribute of")
+@pytest.mark.parametrize("wrap", [lambda model: model, compiled], ids=["plain", "compiled"])
+def test_logits_scaled_outside_the_head_are_refused(wrap: Callable) -> None:
     config = GraniteConfig(
         vocab_size=VOCAB,
         hidden_size=16,
@@ -222,7 +224,7 @@ def test_logits_scaled_outside_the_head_are_refused() -> None:
         intermediate_size=16,
         logits_scaling=4.0,
     )
-    model = adapt(AutoModelForCausalLM.from_config(config), mask_token=MASK_ID)
+    model = wrap(adapt(AutoModelForCausalLM.from_config(config), mask_token=MASK_ID))
     with pytest.raises(ValueError, match="logits of GraniteForCausalLM are not its head's output"):
         objective()(model, tokens(), **CALL)
 
@@ -253,3 +255,13 @@ def test_other_models_are_refused() -> None:
         objective()(nn.Linear(2, 2), tokens(), **CALL)
     with pytest.raises(TypeError, match="transformers causal language model, got LlamaModel"):
         objective()(adapted().model, tokens(), **CALL)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`", "ignore:The .grad attribute of")
+def test_a_compiled_model_still_counts_batches_with_nothing_to_score() -> None:
+    x0, goal, model = tokens(), objective(), compiled(adapted())
+    with pytest.warns(UserWarning, match="no token that may be masked and scored"):
+        out = goal(model, x0, maskable=torch.zeros_like(x0, dtype=torch.bool), **CALL)
+    assert (out.loss, goal.n_empty_batches) == (0, 1)
+    assert goal(model, x0, **CALL).loss > 0
+    assert goal.n_empty_batches == 1

@@ -45,6 +45,14 @@ def test_sampling_options_and_several_sequences(model):
     assert not torch.equal(other.sequences, out.sequences)
 
 
+def test_a_cache_between_steps(model):
+    options = {"steps": 3, "block_length": 3}
+    out = call(model, IDS, max_new_tokens=9, step_cache="dual", return_dict_in_generate=True, **options)
+    ours = generate(model, prompt_ids=IDS, length=9, cache="dual", temperature=0.0, **options)
+    assert torch.equal(out.sequences, ours.sequences)
+    assert torch.equal(out.nfe, ours.nfe)
+
+
 def test_without_a_seed_torch_gives_one(model):
     torch.manual_seed(1)
     first = call(model, IDS, max_new_tokens=8, do_sample=True)

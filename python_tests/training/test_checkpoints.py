@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import adapted, curve, examples, trained, weights
+from processes import run_processes
+from test_trainer import adapted, curve, examples, resumes_on_cpus, run_in_processes, trained, weights
 from tiny_models import MASK_ID
 
 from diffullama_ext.objective import ObjectiveConfig
@@ -31,7 +32,7 @@ import os, signal, sys
 sys.path += {path!r}
 from pathlib import Path
 from transformers import TrainerCallback
-from test_trainer import adapted, trained
+from test_trainer import adapted, examples, trained
 import diffullama_ext.training.trainer as trainer
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 if {when!r} == "saving":
@@ -45,14 +46,14 @@ else:
     def dying(self, *a, **k):
         return die() if self.state.global_step == 5 else compute(self, *a, **k)
     trainer.DiffusionTrainer.compute_loss = dying
-trained(Path({out!r}), adapted("gpt2", **{dropout!r}), **{changed!r})
+trained(Path({out!r}), adapted("gpt2", **{dropout!r}), train_dataset=examples({samples}), **{changed!r})
 """
 
 
 @pytest.mark.parametrize("when", ["training", "saving"])
 def test_kill_9_changes_nothing(tmp_path: Path, when: str) -> None:
     out = tmp_path / "run"
-    code = KILLED.format(path=sys.path, when=when, out=str(out), dropout=DROPOUT, changed=SAVING)
+    code = KILLED.format(path=sys.path, when=when, out=str(out), dropout=DROPOUT, changed=SAVING, samples=18)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in checkpoints(out)] == ["checkpoint-2", "checkpoint-4"]
@@ -65,6 +66,23 @@ def test_kill_9_changes_nothing(tmp_path: Path, when: str) -> None:
     assert curve(resumed, "grad_norm") == curve(whole, "grad_norm")
     assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(whole), strict=True))
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-8", "checkpoint-9"]
+
+
+@pytest.mark.slow
+@resumes_on_cpus
+def test_kill_9_of_the_main_one_of_two_processes(tmp_path: Path) -> None:
+    """While it saves, before the checkpoint has its name; the other one fails, and both start again."""
+    shared = SAVING | {"per_device_train_batch_size": 2}
+    out = tmp_path / "run"
+    code = KILLED.format(path=sys.path, when="saving", out=str(out), dropout=DROPOUT, changed=shared, samples=16)
+    run_processes(code, 2, exit_codes=(-signal.SIGKILL, 1))
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-2", "checkpoint-4"]
+    resumed = run_in_processes(out, 2, model={"family": "gpt2"} | DROPOUT, resume=True, **shared)
+    (tmp_path / "whole").mkdir()
+    whole = run_in_processes(tmp_path / "whole", 2, model={"family": "gpt2"} | DROPOUT, **shared)
+    assert len(whole[0]) == 9
+    assert resumed[0] == whole[0]
+    assert all(torch.equal(a, b) for a, b in zip(resumed[1], whole[1], strict=True))
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------

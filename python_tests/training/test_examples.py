@@ -20,6 +20,11 @@ def test_hf_trainer_learns(tmp_path: Path) -> None:
     assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
 
 
+def test_hf_trainer_splits_its_batch(tmp_path: Path) -> None:
+    whole, split = (run("hf_trainer", steps=4, batch=batch, output_dir=str(tmp_path)) for batch in (16, 4))
+    assert split == pytest.approx(whole, rel=1e-3)
+
+
 def test_the_accelerate_loop_learns() -> None:
     losses = run("accelerate_loop", steps=40)
     assert sum(losses[-10:]) < 0.85 * sum(losses[:10])

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes of one program, as torchrun starts them."""
+
+import os
+import socket
+import subprocess
+import sys
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def run_processes(code: str, count: int, exit_codes: tuple[int, ...] | None = None, **environment: str) -> None:
+    """``code`` in ``count`` processes that find each other and the tests; each must end as said (None: with 0)."""
+    shared = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    shared |= {"LOCAL_WORLD_SIZE": str(count), **environment}
+    command = [sys.executable, "-W", "ignore", "-c", f"import sys; sys.path += {sys.path!r}\n{code}"]
+    processes = [
+        subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)
+    ]
+    try:
+        assert tuple(process.wait(timeout=240) for process in processes) == (exit_codes or (0,) * count)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

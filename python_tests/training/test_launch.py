@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`diffullama adapt` by accelerate's FSDP2 and by torchrun on two nodes: the run of one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from launching import assert_same_run, demo_model, launch, launch_nodes, one_process
+from peft import PeftModel
+from test_trainer import resumes_on_cpus
+from transformers import AutoModelForCausalLM
+
+
+@pytest.mark.slow
+@resumes_on_cpus
+def test_fsdp2_is_one_process_and_goes_on(tmp_path: Path) -> None:
+    """Killed after its second checkpoint, started again."""
+    demo_model(tmp_path)
+    one_process(tmp_path, "one")
+    launch(tmp_path, "fsdp2", "cut", killed_at=5, fails=True)
+    assert (tmp_path / "cut" / "checkpoint-4" / "pytorch_model_fsdp_0").is_dir()  # a shard of each process
+    launch(tmp_path, "fsdp2", "cut")
+    assert_same_run(tmp_path / "cut", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
+def test_fsdp2_saves_a_whole_adapter(tmp_path: Path) -> None:
+    demo_model(tmp_path, "llama")
+    one_process(tmp_path, "one", "--lora-rank", "2")
+    launch(tmp_path, "fsdp2", "run", "--lora-rank", "2")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    base.resize_token_embeddings(base.config.vocab_size + 1)  # the mask token is new
+    merged = PeftModel.from_pretrained(base, str(tmp_path / "run")).merge_and_unload()
+    one = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    for a, b in zip(merged.model.layers, one.model.layers, strict=True):
+        torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_nodes_are_one_process(tmp_path: Path) -> None:
+    demo_model(tmp_path)
+    one_process(tmp_path, "one")
+    (code, first), (other_code, second) = launch_nodes(tmp_path, ["nodes", "nodes"])
+    assert (code, other_code) == (0, 0), first + second
+    assert_same_run(tmp_path / "nodes", tmp_path / "one")
+    assert "The adapted model is in" in first
+    assert "The adapted model is in" not in second
+
+
+@pytest.mark.slow
+def test_a_folder_that_a_node_does_not_see(tmp_path: Path) -> None:
+    demo_model(tmp_path)
+    for code, log in launch_nodes(tmp_path, ["of node 0", "of node 1"]):
+        assert code != 0
+        assert "output_dir must be on a file system that all nodes see, but 1 of 2 processes do not see" in log
+    assert not list(tmp_path.glob("of node *[01]/checkpoint-*"))
