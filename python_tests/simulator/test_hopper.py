@@ -16,6 +16,7 @@ from host_compiler import CSRC, build, run
 SUCCESS, INVALID_VALUE = 0, 1
 KERNEL, BASE = "attention/attention_hopper_forward_kernel.cu", "common/hopper.cuh"
 SOFTMAX, MASK = "attention/attention_hopper_softmax.cuh", "attention/attention_hopper_mask.cuh"
+PIPELINE = "attention/attention_hopper_pipeline.cuh"
 BACKWARD, SHARED = "attention/attention_hopper_backward_kernel.cu", "attention/attention_hopper_backward.cuh"
 FORWARD_SOURCES = (KERNEL, "testing/mutations/attention_hopper.cu")
 BACKWARD_SOURCES = (BACKWARD, "testing/mutations/attention_hopper_backward.cu")
@@ -130,7 +131,7 @@ MUTATIONS = {
     "queries skipped by the counter": Mutation(KERNEL, "? take(p.taken)", "? take(p.taken) + 1"),
     "consumers not told to stop": Mutation(KERNEL, "next_item({KeyTile::kStop, 0, 0});", "return;", ""),
     "one arrival short": Mutation(KERNEL, "kConsumerWarps = 4 * kTile.groups", "kConsumerWarps = 4", ""),
-    "too few bytes expected": Mutation(KERNEL, "static_cast<int>(sizeof to)", "static_cast<int>(sizeof to) / 2", ""),
+    "too few bytes expected": Mutation(PIPELINE, "static_cast<int>(sizeof to)", "static_cast<int>(sizeof to) / 2", ""),
     "panels too close": Mutation(KERNEL, "kHopperColumns * kPanel * 2;", "kHopperColumns * kPanel;"),
     "unaligned swizzle": Mutation(BASE, "% kSwizzleBytes);", "% 128);", "inside the swizzle"),
     "outputs rescaled where both rows have a new maximum": Mutation(KERNEL, "1.0f || factor", "1.0f && factor"),
