@@ -78,21 +78,6 @@ __device__ __forceinline__ void pack_left(uint32_t (&a)[kN / 2][4], const float 
   }
 }
 
-// The quad's four threads exchange x[j] of thread q for x[q] of thread j.
-__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
-  const int q = lane_of() % 4;
-#pragma unroll
-  for (int d = 1; d < 4; d *= 2) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j & d) continue;
-      const uint32_t got = __shfl_xor_sync(kAllLanes, q & d ? x[j] : x[j + d], d);
-      x[j] = q & d ? got : x[j];
-      x[j + d] = q & d ? x[j + d] : got;
-    }
-  }
-}
-
 // Accumulators [64, 8 kN] to rows of 8 kN elements in global memory, of which n_rows exist: 64 bytes of a row a quad.
 template <class T, int kN>
 __device__ __forceinline__ void store_accumulators(const float (&d)[kN][4], T* to, int n_rows) {
@@ -104,7 +89,7 @@ __device__ __forceinline__ void store_accumulators(const float (&d)[kN][4], T* t
       uint32_t x[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) x[j] = pack2<T>(d[n + j][2 * r], d[n + j][2 * r + 1]);
-      transpose_quad(x);
+      transpose_in_quad(x);
       if (row + 8 * r < n_rows) {
         *reinterpret_cast<uint4*>(to + int64_t{row + 8 * r} * (8 * kN) + 8 * (n + q)) = {x[0], x[1], x[2], x[3]};
       }

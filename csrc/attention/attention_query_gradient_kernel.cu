@@ -50,21 +50,6 @@ __global__ void __launch_bounds__(kAttentionThreads)
   }
 }
 
-// Of four lanes that hold a row each of a 4 x 4 matrix, lane i gets column i.
-__device__ __forceinline__ void transpose_in_quad(uint32_t (&x)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? x[i] : x[i + 1], 1);
-    (odd ? x[i] : x[i + 1]) = other;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t other = __shfl_xor_sync(kAllLanes, high ? x[i] : x[i + 2], 2);
-    (high ? x[i] : x[i + 2]) = other;
-  }
-}
-
 // A warp turns 16 queries of a tile of sums into rows, 32 columns at a time: of four fragments a lane has two columns
 // each, its quad eight whole ones in a row.
 template <class T, int D>

@@ -111,6 +111,21 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
   return packed;
 }
 
+// The quad's four threads exchange x[j] of thread q for x[q] of thread j.
+__device__ __forceinline__ void transpose_in_quad(uint32_t (&x)[4]) {
+  const int q = lane_of() % 4;
+#pragma unroll
+  for (int d = 1; d < 4; d *= 2) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j & d) continue;
+      const uint32_t got = __shfl_xor_sync(kAllLanes, q & d ? x[j] : x[j + d], d);
+      x[j] = q & d ? got : x[j];
+      x[j + d] = q & d ? x[j + d] : got;
+    }
+  }
+}
+
 // The warp's accumulators [16 kM, D] to the first n_rows of its rows in global memory, rows of D elements, through its
 // own rows of a tile that it alone uses by now.
 template <class T, int D, int kM>
