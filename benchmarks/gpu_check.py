@@ -105,6 +105,8 @@ def _detail(stage: str, facts: Facts) -> str:
         return f": {facts['passed']} passed, {facts['skipped']} skipped, {len(facts['failed'])} failed"
     if stage == "sanitize" and "tools" in facts:
         return ": " + "; ".join(f"{t} {f['ours']} ours, {f['others']} others" for t, f in facts["tools"].items())
+    if stage == "train" and "records" in facts:
+        return ": " + "; ".join(f"{r['model']} {r['faster']:.2f}x of plain PyTorch" for r in facts["records"])
     return ""
 
 

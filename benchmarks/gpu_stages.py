@@ -249,4 +249,16 @@ def bench(context: Context) -> Facts:
     return facts
 
 
-STAGES = {"machine": machine, "build": build, "tests": tests, "sanitize": sanitize, "bench": bench}
+def train(context: Context) -> Facts:
+    """Whole training steps of gpu_training; a missed goal is a problem. A dry run has no models of that size."""
+    import torch
+
+    from benchmarks.gpu_training import ROWS, compare
+
+    rows = ROWS if context.device == "cuda" else ()
+    records = [compare(row, torch.device(context.device)) for row in rows]
+    problems = [f"{record['model']}: {', '.join(record['missed'])}" for record in records if record["missed"]]
+    return {"problems": problems, "records": records}
+
+
+STAGES = {"machine": machine, "build": build, "tests": tests, "sanitize": sanitize, "bench": bench, "train": train}

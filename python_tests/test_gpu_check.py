@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU script without a GPU: its stages, what it makes of reports, its table; and a dry run."""
 
+import copy
 import json
 import sysconfig
 from pathlib import Path
@@ -8,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 pytest.importorskip("benchmarks", reason="no benchmarks beside the tests")
 
-from benchmarks import gpu_bench, gpu_check, gpu_reports, gpu_stages
+from benchmarks import gpu_bench, gpu_check, gpu_reports, gpu_stages, gpu_training
 from benchmarks.gpu_agreement import agree
 from benchmarks.gpu_peers import peers_of
 from benchmarks.gpu_table import table
+from benchmarks.training_step import own_loss, plain_loss
 from diffullama_ext.benchmarking import CASES
+from diffullama_ext.integrations import adapt
 
 CPU = torch.device("cpu")
 
@@ -24,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The five stages replaced; each notes what it was called with."""
+    """The stages replaced; each notes what it was called with."""
     called: dict[str, Any] = {}
 
     def stage(name: str, facts: dict[str, Any]):
@@ -79,7 +83,7 @@ def test_all_stages_run_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(gpu_check.subprocess, "run", process)
     assert gpu_check.main([str(tmp_path)]) == 1
-    assert commands == list(gpu_stages.STAGES) == ["machine", "build", "tests", "sanitize", "bench"]
+    assert commands == list(gpu_stages.STAGES) == ["machine", "build", "tests", "sanitize", "bench", "train"]
     written = json.loads((tmp_path / "gpu_check.json").read_text())["stages"]
     assert written["build"]["problems"] == ["took too long and wrote nothing"]
     assert written["sanitize"]["problems"] == ["ended with -11 and wrote nothing"]
@@ -245,6 +249,34 @@ def test_disagreement_is_seen() -> None:
     for wrong in (1.1 * gradient, gradient * torch.nan):
         with pytest.raises(AssertionError, match="dhidden differs"):
             agree("linear_shifted_cross_entropy", {}, (loss, gradient, gradient), (loss, wrong, gradient))
+
+
+@pytest.mark.parametrize(("faster", "n_missed"), [(1e-9, 0), (1e9, 1)])
+def test_training_rows(faster: float, n_missed: int) -> None:
+    """Both contenders run whole steps of a small model; a goal out of reach is said to be missed."""
+    small = GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    row = gpu_training.Row("small", lambda: GPT2LMHeadModel(small), 4, 16, 299, faster=faster, memory=1.0)
+    record = gpu_training.compare(row, CPU)
+    assert len(record["missed"]) == n_missed
+    for contender in (gpu_training.OURS, gpu_training.PLAIN):
+        assert record[contender]["tokens_per_s"] == pytest.approx(64 / record[contender]["median_s"])
+    assert record["faster"] == record[gpu_training.PLAIN]["median_s"] / record[gpu_training.OURS]["median_s"]
+
+
+def test_both_losses_of_the_training_benchmark_are_estimates_of_one_thing() -> None:
+    """Of a model whose output no attention changes, over many draws of the noise."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=0, n_head=2, embd_pdrop=0.0)
+    config.initializer_range = 0.5
+    plain = GPT2LMHeadModel(config)
+    own = adapt(copy.deepcopy(plain), mask_token=49)
+    x0 = torch.randint(49, (64, 16))
+    losses = {plain_loss(49): plain, own_loss(49, 64): own}
+    with torch.no_grad():
+        draws = [torch.stack([loss(model.train(), x0, step) for step in range(100)]) for loss, model in losses.items()]
+    error = sum(d.var() / len(d) for d in draws) ** 0.5
+    assert abs(draws[0].mean() - draws[1].mean()) < 4 * error
+    assert error < 0.05 * draws[0].mean()
 
 
 def test_gpu_stage_without_a_gpu(tmp_path: Path) -> None:
