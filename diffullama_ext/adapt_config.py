@@ -96,7 +96,8 @@ class AdaptConfig:
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must not be empty, got ''")
         self._check_together()
-        self.objective_config(mask_id=0)
+        if self.objective_config(mask_id=0).loss_weight == "cart" and self.isolate_documents:
+            raise ValueError("isolate_documents must be False with loss_weight 'cart', which looks across documents")
 
     def _check_together(self) -> None:
         """What one setting asks of another."""
@@ -106,6 +107,11 @@ class AdaptConfig:
             value = getattr(self, name)
             if value is not None and value > self.steps:
                 raise ValueError(f"{name} must be at most steps, got {value} and {self.steps}")
+        if self.global_batch_size is not None and self.accumulate != 1:
+            raise ValueError(
+                f"accumulate follows from global_batch_size and must not be given with it, got {self.accumulate} "
+                f"and {self.global_batch_size}"
+            )
         if self.bf16 and self.fp16:
             raise ValueError("one of bf16 and fp16 must be False, got both True")
         for idle, when, names in (
@@ -172,7 +178,7 @@ class AdaptConfig:
     def objective_config(self, *, mask_id: int, shift: bool | None = None) -> ObjectiveConfig:
         """Of the trainer; ``shift`` None is :meth:`shifted`."""
         hints = get_type_hints(ObjectiveConfig) | {"recipe": str}
-        unknown = sorted(set(self.objective) - set(hints) | {"mask_id"} & set(self.objective))
+        unknown = sorted(str(key) for key in self.objective if key not in hints or key == "mask_id")
         if unknown:
             raise ValueError(f"objective: no such setting: {', '.join(unknown)}")
         given = {name: _as_declared(f"objective {name}", value, hints[name]) for name, value in self.objective.items()}
@@ -251,7 +257,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """See the class."""
-        keys = [str(self.construct_object(key, deep=True)).replace("-", "_") for key, _ in node.value]
+        own = (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
+        keys = [str(self.construct_object(key, deep=True)).replace("-", "_") for key in own]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
             raise yaml.constructor.ConstructorError(

@@ -181,7 +181,8 @@ class AttentionMask:
 
         int32 [M, ceil(rows / 64), ceil(columns / 128), 128, 2], rows = queries and columns = keys, or the reverse with
         ``transpose``. In each 64 x 128 tile, bit i = c + 2r + 4v of the 64 of thread 32w + l is row 16w + l/4 + 8r and
-        column 8v + 2(l % 4) + c. Bits past the last query or key are 0.
+        column 8v + 2(l % 4) + c. Bits past the last query or key are 0. (A mask made outside a CUDA graph: use it once,
+        backward too, before the capture. What is first made inside holds nothing until the graph has been replayed.)
         """
         if transpose not in self._derived:
             backend = _backend("fragment_mask", self.device)

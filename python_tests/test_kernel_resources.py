@@ -143,6 +143,18 @@ def test_no_products_are_serialized() -> None:
     assert not [k for k in json.loads(REPORT.read_text())["kernels"] if k.get("serialized_wgmma")]
 
 
+def test_warpgroups_share_the_registers_that_they_count_on() -> None:
+    """setmaxnreg waits for ever where a kernel starts with fewer a thread than its plan says (shares_registers)."""
+    if not REPORT.exists():
+        pytest.skip("the CUDA library was not built")
+    kernels = [k for k in json.loads(REPORT.read_text())["kernels"] if "attention_hopper" in k["kernel"]]
+    if not kernels:
+        pytest.skip("not built for sm_90a")
+    for k in kernels:
+        four = k["kernel"].startswith("attention_hopper_forward_kernel") and ", 64>" in k["kernel"]  # warpgroups
+        assert k["registers"] == 65536 // (512 if four else 384) // 8 * 8, k["kernel"]
+
+
 def test_a_reason_names_its_kernel() -> None:
     assert explained("// a_kernel<double> spills 16 bytes: only tests use it\nint b_kernel;") == {"a_kernel"}
 

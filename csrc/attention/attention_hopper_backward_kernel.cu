@@ -264,6 +264,11 @@ __device__ __forceinline__ void consume(const HopperBackwardParams& p, BackwardT
         at.advance();
         ends = next_is_end();
         wgmma_wait<0>(dk, dv, dq);
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {  // these were the products' too
+          hold_registers(left_p[half]);
+          hold_registers(left_ds[half]);
+        }
         const QueryItem item = pipeline.item[last];
         release(pipeline.empty[last]);
         if (ends) {

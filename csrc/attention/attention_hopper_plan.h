@@ -52,6 +52,8 @@ inline KernelPlan plan_attention_hopper(const AttentionSizes& s, bool is_half, M
 
 // --- backward
 
+constexpr int kHopperKeys = 128, kHopperBackwardGroups = 2, kHopperBackwardThreads = 128 * (1 + kHopperBackwardGroups);
+
 // A block keeps 128 keys, 64 a consumer warpgroup, and goes through the queries of all heads that share them, `queries`
 // at a time, in a ring of `stages` tiles of Q and of dO. A consumer thread holds dK and dV (D / 2 each), S^T and dP^T
 // (queries / 2 each); then dQ (32) and what goes to the next products as 16 bits (queries / 4 each).
@@ -59,10 +61,11 @@ inline KernelPlan plan_attention_hopper(const AttentionSizes& s, bool is_half, M
 struct HopperBackwardTile {
   int queries, stages, consumer_registers, producer_registers;
 
-  constexpr bool shares_registers() const { return producer_registers + 2 * consumer_registers == 3 * 168; }
+  constexpr bool shares_registers() const {
+    return producer_registers + kHopperBackwardGroups * consumer_registers ==
+           65536 / kHopperBackwardThreads / 8 * 8 * (kHopperBackwardGroups + 1);
+  }
 };
-
-constexpr int kHopperKeys = 128, kHopperBackwardGroups = 2, kHopperBackwardThreads = 128 * (1 + kHopperBackwardGroups);
 
 constexpr HopperBackwardTile hopper_backward_tile(int D) {
   return D == 128 ? HopperBackwardTile{64, 3, 240, 24} : HopperBackwardTile{128, 3, 240, 24};

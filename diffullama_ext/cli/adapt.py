@@ -41,10 +41,18 @@ def _key_values(pairs: list[str]) -> dict[str, Any]:
     """Of "key=value" flags, each value as YAML reads it."""
     import yaml
 
+    values: dict[str, Any] = {}
     for pair in pairs:
-        if "=" not in pair:
+        key, equals, value = pair.partition("=")
+        if key in values:
+            raise BadInput(f"--objective must give each key once, got {key} again in {pair!r}")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
             raise BadInput(f"--objective must be key=value, got {pair!r}")
-    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+    return values
 
 
 def _flag_type(kind: Any) -> Any:

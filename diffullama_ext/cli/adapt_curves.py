@@ -87,16 +87,17 @@ class Curves:
         return int(able.sum())
 
     def show(self, out: Path) -> None:
-        """The figures as a table."""
+        """The figures, where there are any, as a table; where the model is."""
         from rich.console import Console
 
         console = Console(soft_wrap=True, highlight=False)
         rows = self.last
-        names = {step: "as it was" if step == "0" else f"step {step}" for step in rows}
-        names[list(rows)[-1]] = "adapted"
-        n_examples = len(self.held["blocks"])
-        title = f"Held out: {self.n_tokens()} tokens in {n_examples} examples, nats ± standard error, one noise for all"
-        console.print(scores_table(title, {names[step]: scores for step, scores in rows.items()}))
+        if rows:
+            names = {step: "as it was" if step == "0" else f"step {step}" for step in rows}
+            names[list(rows)[-1]] = "adapted"
+            held = f"{self.n_tokens()} tokens in {len(self.held['blocks'])} examples"
+            title = f"Held out: {held}, nats ± standard error, one noise for all"
+            console.print(scores_table(title, {names[step]: scores for step, scores in rows.items()}))
         if "0" in rows:
             difference = list(rows.values())[-1][1].diffusion_loss - rows["0"][1].diffusion_loss
             console.print(f"ELBO/token, adapted minus as it was: {difference}", markup=False)

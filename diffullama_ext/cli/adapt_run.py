@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checks import check_choice
 from ..output_folder import is_free, write_file_at_once
 from .adapt_curves import Curves, heldout_batch
 from .console import Report, pick_device, quiet_libraries, reporting
@@ -76,7 +75,12 @@ def run_adaptation(config: AdaptConfig, out: Path, processes: int = 1) -> None:
             loaded = model.merge_and_unload()
         if scores:
             curves.score(loaded, config.steps)
-    if in_parts:
+    if trainer.is_fsdp_enabled:
+        whole = trainer.whole_model()
+        if whole is not None:
+            _finish(config, out, inputs._replace(model=whole.merge_and_unload() if config.lora_rank else whole), curves)
+        trainer.accelerator.wait_for_everyone()
+    elif in_parts:
         trainer.save_model(str(out))
     elif scores:
         _finish(config, out, inputs._replace(model=loaded), curves)
@@ -88,8 +92,11 @@ def _check_machine(config: AdaptConfig, device: str) -> None:
 
     if config.fp16 and device == "cpu":
         raise ValueError("fp16 must be False on the CPU, got True; bf16 works there")
+    installed = get_available_reporting_integrations()
     for name in config.report_to:
-        check_choice("report_to", name, get_available_reporting_integrations())
+        if name not in installed:
+            here = ", ".join(installed) or "none"
+            raise ValueError(f"report_to must be a logger of transformers that is installed ({here}), got {name!r}")
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -142,7 +149,11 @@ def _finish(config: AdaptConfig, out: Path, inputs: _Inputs, curves: Curves) -> 
         "anneal_steps": inputs.anneal_steps,
         "max_steps": config.steps,
         "seed": config.seed,
-        "models": {"as it was": curves.by_step["0"], "adapted": curves.by_step[str(config.steps)]},
+        "models": {
+            name: curves.by_step[step]  # none of a model in parts
+            for name, step in (("as it was", "0"), ("adapted", str(config.steps)))
+            if step in curves.by_step
+        },
     }
     write_file_at_once(out / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     curves.show(out)

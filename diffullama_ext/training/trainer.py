@@ -226,22 +226,35 @@ class DiffusionTrainer(Trainer):
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
+    def whole_model(self) -> Any:
+        """Of a model under FSDP a copy in one piece, on the CPU of the processes that save, None on the others.
+
+        All processes take part. A peft model stays one.
+        """
+        sharded = cast(Any, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        state = {}
+        for name, tensor in sharded.state_dict().items():
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if self.args.should_save:
+                state[name] = whole.cpu()
+        if not self.args.should_save:
+            return None
+        with torch.device("meta"):  # the parameters of the one that trains are in parts
+            model: Any = AutoModelForCausalLM.from_config(sharded.config)
+            if hasattr(sharded, "peft_config"):
+                model = type(sharded)(model, sharded.peft_config["default"])
+        model.load_state_dict(state, assign=True)
+        model.tie_weights()
+        model.generation_config = getattr(sharded, "generation_config", None) or model.generation_config
+        return model
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Of Trainer; of a model under FSDP all of it, in one piece, whatever form its checkpoints have."""
         if not self.is_fsdp_enabled or _internal_call:
             return super().save_model(output_dir, _internal_call)
-        model, state, folder = cast(Any, self.model), {}, output_dir or cast(str, self.args.output_dir)
-        for name, tensor in model.state_dict().items():
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # every process takes part
-            if self.args.should_save:
-                state[name] = whole.cpu()
-        if self.args.should_save:
-            if not hasattr(model, "peft_config"):  # save_pretrained would look into parameters that are in parts
-                with torch.device("meta"):
-                    model = AutoModelForCausalLM.from_config(model.config)
-                model.load_state_dict(state, assign=True)
-                model.tie_weights()
-            model.save_pretrained(folder, state_dict=state)
+        model, folder = self.whole_model(), output_dir or cast(str, self.args.output_dir)
+        if model is not None:
+            model.save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
@@ -272,7 +285,9 @@ class DiffusionTrainer(Trainer):
         digest = 0
         for place in range(0, size or 0, max(1, (size or 0) // 16)):
             row = dataset.dataset[place] if isinstance(dataset, NumberedDataset) else dataset[place]
-            digest = zlib.crc32(torch.as_tensor(row["input_ids"]).long().numpy().tobytes(), digest)
+            for name in ("input_ids", "maskable", "attention_mask", "document_ids"):
+                if row.get(name) is not None:
+                    digest = zlib.crc32(torch.as_tensor(row[name]).long().numpy().tobytes(), digest)
         return {
             "objective": asdict(self.diffusion_objective.config),
             "anneal_steps": self.annealing.anneal_steps,

@@ -186,5 +186,13 @@ def test_loggers_get_the_losses(adapting, tmp_path, monkeypatch, name):
 
 def test_a_logger_that_is_not_there(fails, models, text_file, tmp_path):
     arguments = ("--model", models / "gpt2", "--data", text_file, "--out", tmp_path / "out")
-    fails(2, ("report_to must be one of", "got 'paper'"), "adapt", *arguments, *QUICK, "--report-to", "paper")
+    fails(
+        2,
+        ("report_to must be a logger of transformers that is installed", "got 'paper'"),
+        "adapt",
+        *arguments,
+        *QUICK,
+        "--report-to",
+        "paper",
+    )
     assert not (tmp_path / "out").exists()

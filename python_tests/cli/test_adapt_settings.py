@@ -100,6 +100,12 @@ def test_presets_are_the_papers():
         ({"lora_dropout": 0.1}, "lora_dropout has no meaning with lora_rank 0, got 0.1"),
         ({"context": "all"}, "context must be one of 'overlap', 'none', got 'all'"),
         ({"padding": "left", "sft": True}, "padding must be one of 'eos', 'exclude', got 'left'"),
+        ({"objective": {1: 2}}, "objective: no such setting: 1"),
+        ({"accumulate": 3, "global_batch_size": 24}, "accumulate follows from global_batch_size .* got 3 and 24"),
+        (
+            {"isolate_documents": True, "objective": {"recipe": "dream"}},
+            "isolate_documents must be False with loss_weight 'cart'",
+        ),
         ({"device": "tpu"}, "device must be one of 'auto', 'cpu', 'cuda', got 'tpu'"),
     ],
 )
@@ -170,7 +176,16 @@ def test_files_that_hold_no_settings(fails, tmp_path):
         (tmp_path / "c.yaml").write_text(text)
         fails(2, (message,), "adapt", "--out", tmp_path / "out", "--config", tmp_path / "c.yaml")
     fails(2, ("--model must be given",), "adapt", "--out", tmp_path / "out")
-    fails(2, ("must be key=value, got 'masked'",), "adapt", "--out", tmp_path / "out", "--objective", "masked")
+    objective = ("adapt", "--out", tmp_path / "out", "--objective")
+    for value in ("masked", "t_min=["):
+        fails(2, (f"must be key=value, got {value!r}",), *objective, value)
+    fails(2, ("each key once, got t_min again in 't_min=.2'",), *objective, "t_min=.1", "--objective", "t_min=.2")
+
+
+def test_yaml_may_merge_mappings(tmp_path):
+    (tmp_path / "c.yaml").write_text("objective: &base {t_min: 0.1}\n<<: {steps: 7}\n")
+    config = AdaptConfig.resolve(path=tmp_path / "c.yaml")
+    assert (config.steps, config.objective) == (7, {"t_min": 0.1})
 
 
 # --- the run's folder -------------------------------------------------------------------------------------------------

@@ -58,9 +58,9 @@ def test_a_graph_replays_with_new_ratios_and_seeds() -> None:
     i = inputs_of(Case(300, 300, 64, BF16, (4, 2)), "cuda")
     ratio, seed = torch.full((1,), 0.5, device="cuda"), torch.full((1,), 3, device="cuda")
 
-    def step() -> Tensor:
-        with torch.no_grad():
-            return annealed_attention(i.q, i.k, i.v, ratio, seed=seed)
+    def step() -> list[Tensor]:
+        out = annealed_attention(i.q, i.k, i.v, ratio, seed=seed, deterministic=True)
+        return [out.detach(), *torch.autograd.grad(out, (i.q, i.k, i.v), i.upstream)]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -69,12 +69,12 @@ def test_a_graph_replays_with_new_ratios_and_seeds() -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = step()
+        outputs = step()
     for value, number in ((0.0, 1), (0.3, 2), (1.0, 3)):
         ratio.fill_(value)
         seed.fill_(number)
         graph.replay()
-        assert_all_equal([out.clone()], [step()])
+        assert_all_equal([x.clone() for x in outputs], step())
 
 
 def test_last_rows_of_a_long_call() -> None:

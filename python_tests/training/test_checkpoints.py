@@ -157,9 +157,13 @@ def test_torn_checkpoints_are_refused(run: Path, tmp_path: Path, damage: Callabl
         ({"objective": ObjectiveConfig(MASK_ID, normalizer="masked")}, r"objective was \{.*'tokens'.*is \{.*'masked'"),
         ({"train_dataset": examples(17)}, "samples was 18, is 17"),
         ({"train_dataset": examples(18)[::-1]}, "digest of some samples was"),
+        (
+            {"train_dataset": [e | {"maskable": torch.arange(len(e["input_ids"])) > 2} for e in examples(18)]},
+            "digest of some samples was",
+        ),
         ({"per_device_train_batch_size": 2}, "samples a step was 4, is 2"),
     ],
-    ids=["seed", "annealing", "objective", "fewer samples", "other samples", "batch"],
+    ids=["seed", "annealing", "objective", "fewer samples", "other samples", "other prompts", "batch"],
 )
 def test_another_runs_checkpoint_is_refused(run: Path, changed: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"checkpoint-4 belongs to another run: .*{message}"):
