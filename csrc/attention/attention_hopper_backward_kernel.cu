@@ -13,7 +13,7 @@
 // Five products, each once. The order of the sums of dQ is that of the blocks' progress, or where asked that of keys.
 // Run in the simulator only; not yet run on a GPU.
 // ptxas spills 48 B of attention_hopper_backward_kernel, of the deterministic one only: in its producer, which counts
-// turns with 24 registers.
+// turns with 24 registers, and two words of the consumers before their loop.
 #include "../common/launch.h"
 #include "attention_hopper_backward.cuh"
 #include "attention_hopper_map.h"
