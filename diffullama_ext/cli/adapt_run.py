@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -41,6 +42,13 @@ class _Inputs(NamedTuple):
 
 def run_adaptation(config: AdaptConfig, out: Path, processes: int = 1) -> None:
     """Train, score and save; errors as of the command line."""
+    _adapt(config, out, processes)
+    # The process group ends with the last reference to it, all of _adapt's. A thread of gloo that outlives the
+    # interpreter aborts the process where it lets go of a tensor that Python has seen: the run would count as failed.
+    gc.collect()
+
+
+def _adapt(config: AdaptConfig, out: Path, processes: int) -> None:
     import torch
 
     from ..integrations import add_lora
@@ -71,19 +79,15 @@ def run_adaptation(config: AdaptConfig, out: Path, processes: int = 1) -> None:
         if scores and not checkpoints(out):
             curves.score(loaded, 0)
         trainer.train(resume_from_checkpoint=bool(checkpoints(out)))
-        if config.lora_rank and not in_parts:
-            loaded = model.merge_and_unload()
+        if in_parts:
+            model = trainer.whole_model()
+        trainer.accelerator.end_training()  # what follows is for process 0 alone, however long it takes
+        if arguments.process_index != 0:
+            return
+        loaded = model.merge_and_unload() if config.lora_rank else model
         if scores:
             curves.score(loaded, config.steps)
-    if trainer.is_fsdp_enabled:
-        whole = trainer.whole_model()
-        if whole is not None:
-            _finish(config, out, inputs._replace(model=whole.merge_and_unload() if config.lora_rank else whole), curves)
-        trainer.accelerator.wait_for_everyone()
-    elif in_parts:
-        trainer.save_model(str(out))
-    elif scores:
-        _finish(config, out, inputs._replace(model=loaded), curves)
+    _finish(config, out, inputs._replace(model=loaded), curves)
 
 
 def _check_machine(config: AdaptConfig, device: str) -> None:

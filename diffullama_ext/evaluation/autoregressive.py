@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..objective.model_forward import check_attention
 from ..objective.noising import targets
 from ..objective.streams import Streams, one_stream
 from .diffusion import Heldout, Progress, evaluating, masked_scores
@@ -38,6 +39,8 @@ def autoregressive_loss(
     adapted = not getattr(model.config, "is_causal", True)
     if document_ids is not None and not adapted:
         raise ValueError("document_ids must be None with a model that is not adapted, whose attention is its own")
+    if adapted:
+        check_attention(model)
     batches = heldout.split(batch_size, next(model.parameters()).device)
     parts = []
     with evaluating(model):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import zlib
 from dataclasses import asdict
@@ -124,6 +125,9 @@ class DiffusionTrainer(Trainer):
             raise ValueError("compute_loss_func must be None; the loss is that of `objective`")
         if getattr(args, "save_on_each_node", False):
             raise ValueError("save_on_each_node must be False: a checkpoint is one folder that all nodes write into")
+        sharded = bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+        if sharded and getattr(args, "push_to_hub", False):
+            raise ValueError("push_to_hub must be False under FSDP, got True; push the model that is saved at the end")
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = _numbered(kwargs.get(name))
         if kwargs.get("data_collator") is None:
@@ -241,11 +245,11 @@ class DiffusionTrainer(Trainer):
             return None
         with torch.device("meta"):  # the parameters of the one that trains are in parts
             model: Any = AutoModelForCausalLM.from_config(sharded.config)
+            model.generation_config = getattr(sharded, "generation_config", None) or model.generation_config
             if hasattr(sharded, "peft_config"):
                 model = type(sharded)(model, sharded.peft_config["default"])
         model.load_state_dict(state, assign=True)
         model.tie_weights()
-        model.generation_config = getattr(sharded, "generation_config", None) or model.generation_config
         return model
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

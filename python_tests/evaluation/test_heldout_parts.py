@@ -150,3 +150,5 @@ def test_what_does_not_go_together(x0):
     unprepared.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="the model's attention must be 'diffullama', got 'sdpa'"):
         diffusion_scores(unprepared, x0, mask_id=MASK_ID, shift=True)
+    with pytest.raises(ValueError, match="the model's attention must be 'diffullama', got 'sdpa'"):
+        autoregressive_loss(unprepared, x0)

@@ -339,8 +339,16 @@ def test_options_of_trainer(changed: dict, tolerance: float, tmp_path: Path) -> 
             lambda args: DiffusionTrainer(adapted(), args, anneal_steps=-1),
             "anneal_steps must be at least 0, got -1",
         ),
+        (
+            lambda args: DiffusionTrainer(adapted(), SimpleNamespace(n_gpu=1, save_on_each_node=True)),
+            "save_on_each_node must be False",
+        ),
+        (
+            lambda args: DiffusionTrainer(adapted(), SimpleNamespace(n_gpu=1, fsdp=True, push_to_hub=True)),
+            "push_to_hub must be False under FSDP",
+        ),
     ],
-    ids=["not adapted", "DataParallel", "sampling", "loss function", "anneal_steps"],
+    ids=["not adapted", "DataParallel", "sampling", "loss function", "anneal_steps", "each node", "push"],
 )
 def test_the_trainer_refuses(make: Callable, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
