@@ -21,8 +21,8 @@ SETTINGS = ["--model", "model", "--data", "text.txt", "--steps", "6", "--length"
 SETTINGS += ["--learning-rate", "0.01", "--device", "cpu"]
 
 # accelerate shards on accelerators only; from here on its FSDP2 is its own, over gloo. Then a process that dies. A run
-# that ends well leaves no thread of the process group: one that outlives the interpreter may abort the process. Caches of
-# DTensor and DeepSpeed keep the group, so there the interpreter is not taken down.
+# that ends well leaves no thread of the process group: one that outlives the interpreter may abort the process. Under
+# FSDP2 and DeepSpeed caches of their own keep the group, so there the interpreter is not taken down.
 PROGRAM = """
 import os, pathlib, signal, sys
 import accelerate.state as state

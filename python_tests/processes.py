@@ -2,6 +2,7 @@
 """Several processes of one program, as torchrun starts them."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -21,8 +22,14 @@ sys.stdout.flush(), sys.stderr.flush(), os._exit(exit_code)
 
 
 def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as probe:
-        return probe.getsockname()[1]
+    """Below those that Linux gives to connections, which another test could be given before the launcher listens."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        try:
+            with socket.create_server(("localhost", port)):
+                return port
+        except OSError:
+            continue
+    raise OSError("no free port among a hundred of 20000 to 31999")
 
 
 def run_processes(code: str, count: int, exit_codes: tuple[int, ...] | None = None, **environment: str) -> None:

@@ -44,32 +44,17 @@ std::tuple<Tensor, Tensor> attention_hopper_cuda(const Tensor& q, const Tensor& 
   check_hopper_width(in);
   check_fragments("fragments", in, fragments, q.size(2), k.size(2));
   const DeviceGuard guard(q.get_device_index());
-  const AttentionSizes s = sizes_of(in);
-  if (s.B * s.H * s.Lq * s.Lk == 0) {
-    Tensor lse = empty_like_device(q, {s.B, s.H, s.Lq}, ScalarType::Float);
-    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-    return {zeros_like_device(q, {s.B, s.H, s.Lq, s.D}, q.scalar_type()), lse};
-  }
+  if (is_empty(in)) return empty_attention(in);
   const cudaStream_t stream = current_stream(q);
-  const Tensor q_rows = as_map_operand(q), k_rows = as_map_operand(k), v_rows = as_map_operand(v);
-  const MaskTensors mask(in, stream);
+  const AttentionForward made(in, as_map_operand, stream);
   const std::optional<Tensor> fragments_c = as_contiguous(fragments);
-  Tensor out = empty_like_device(q, {s.B, s.H, s.Lq, s.D}, q.scalar_type());
-  Tensor lse = empty_like_device(q, {s.B, s.H, s.Lq}, ScalarType::Float);
-  AttentionParams p{};
-  set_inputs(p, s, in, mask);
-  p.q = operand(q_rows);
-  p.k = operand(k_rows);
-  p.v = operand(v_rows);
-  p.out = out.mutable_data_ptr();
-  p.lse = lse.mutable_data_ptr<float>();
   // Tile classes and padding leave some queries less work than others.
   std::optional<Tensor> taken;
   if (!causal && (tile_classes || key_padding)) taken = zeros_like_device(q, {1}, ScalarType::Int);
   int* const counter = taken ? taken->mutable_data_ptr<int32_t>() : nullptr;
-  check_launch("attention_hopper_forward_kernel", launch_attention_hopper(p, mask_fragments(fragments_c), counter,
-                                                                          static_cast<int>(s.D), is_half(q), stream));
-  return {out, lse};
+  check_launch("attention_hopper_forward_kernel", launch_attention_hopper(made.params, mask_fragments(fragments_c),
+                                                                          counter, width(in), is_half(q), stream));
+  return {made.out, made.lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_hopper_backward_cuda(
@@ -81,43 +66,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_hopper_backward_cuda(
   check_hopper_width(in);
   check_fragments("transposed_fragments", in, transposed_fragments, k.size(2), q.size(2));
   const DeviceGuard guard(q.get_device_index());
-  const AttentionSizes s = sizes_of(in);
-  const std::vector<int64_t> q_shape{s.B, s.H, s.Lq, s.D}, k_shape{s.B, s.Hkv, s.Lk, s.D};
-  if (s.B * s.H * s.Lq * s.Lk == 0) {
-    const auto zeros = [&](const std::vector<int64_t>& shape) { return zeros_like_device(q, shape, q.scalar_type()); };
-    return {zeros(q_shape), zeros(k_shape), zeros(k_shape)};
-  }
+  if (is_empty(in)) return empty_attention_backward(in);
   const cudaStream_t stream = current_stream(q);
-  const Tensor q_rows = as_map_operand(q), k_rows = as_map_operand(k), v_rows = as_map_operand(v);
-  const Tensor dout_rows = as_map_operand(dout), out_c = as_contiguous(out), lse_c = as_contiguous(lse);
-  const MaskTensors mask(in, stream);
+  const AttentionSizes s = sizes_of(in);
+  const int D = width(in);
+  const AttentionBackward made(in, dout, out, lse, hopper_backward_queries(s), as_map_operand, stream);
   const std::optional<Tensor> fragments = as_contiguous(transposed_fragments);
-  const auto empty = [&](const std::vector<int64_t>& shape) { return empty_like_device(q, shape, q.scalar_type()); };
-  Tensor dq = empty(q_shape), dk = empty(k_shape), dv = empty(k_shape);
-  const int64_t statistics_rows = hopper_backward_queries(s);
-  Tensor statistics = empty_like_device(q, {s.B, s.H, statistics_rows, 2}, ScalarType::Float);
-  Tensor query_sums = zeros_like_device(q, {query_sums_size(s)}, ScalarType::Float);
   Tensor counters = zeros_like_device(q, {hopper_backward_counters(s)}, ScalarType::Int);
-  AttentionBackwardParams p{};
-  set_inputs(p, s, in, mask);
-  p.q = operand(q_rows);
-  p.k = operand(k_rows);
-  p.v = operand(v_rows);
-  p.dout = operand(dout_rows);
-  p.out = out_c.const_data_ptr();
-  p.lse = lse_c.const_data_ptr<float>();
-  p.statistics = reinterpret_cast<QueryStatistics*>(statistics.mutable_data_ptr<float>());
-  p.statistics_rows = static_cast<int>(statistics_rows);
-  p.query_sums = query_sums.mutable_data_ptr<float>();
-  p.dq = dq.mutable_data_ptr();
-  p.dk = dk.mutable_data_ptr();
-  p.dv = dv.mutable_data_ptr();
   const HopperBackwardBuffers buffers{mask_fragments(fragments), counters.mutable_data_ptr<int32_t>(), deterministic};
-  const int D = static_cast<int>(s.D);
+  const AttentionBackwardParams& p = made.params;
   check_launch("attention_query_statistics_kernel", launch_query_statistics(p, D, is_half(q), stream));
   check_launch("attention_hopper_backward_kernel", launch_attention_hopper_backward(p, buffers, D, is_half(q), stream));
   check_launch("attention_query_gradient_kernel", launch_query_gradient(p, D, is_half(q), stream));
-  return {dq, dk, dv};
+  return {made.dq, made.dk, made.dv};
 }
 
 }  // namespace
