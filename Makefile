@@ -21,7 +21,7 @@ help:
 	@echo "make demo          train, adapt and sample a small model on Python's own text; under 5 minutes on 2 cores"
 	@echo "make test          build, then every test that needs no GPU"
 	@echo "make test-transformers TRANSFORMERS=5.6.2   the tests that touch transformers, over that version"
-	@echo "make test-extras   quantised models and DeepSpeed, on the CPU"
+	@echo "make test-extras   quantised models, DeepSpeed and W&B, on the CPU"
 	@echo "make test-simulated, test-sanitized, test-races   the op tests over the CUDA kernels, run on the CPU"
 	@echo "make lint          ruff, mypy, clang-format     make format   apply them"
 	@echo "make bench         every op beside eager PyTorch on this machine"
@@ -63,7 +63,8 @@ TRANSFORMERS_TESTS ?= python_tests/integrations python_tests/training python_tes
   python_tests/sampling/test_caches.py python_tests/sampling/test_custom_generate.py python_tests/cli/test_adapt_command.py
 # Not with their dependencies, which the environment has, torch among them; deepspeed's own are listed with it.
 EXTRAS := bitsandbytes torchao deepspeed einops hjson msgpack
-EXTRAS_TESTS ?= python_tests/integrations/test_quantised.py python_tests/training/test_deepspeed.py
+EXTRAS_TESTS ?= python_tests/integrations/test_quantised.py python_tests/training/test_deepspeed.py \
+  python_tests/cli/test_adapt_recipes.py::test_loggers_get_the_losses
 SIDE := .build/side
 
 # Older versions need older tokenizers and huggingface_hub; all else is as CI pins it.
@@ -77,14 +78,15 @@ test-transformers: $(SIDE)/transformers-$(TRANSFORMERS).stamp
 	PYTHONPATH=$(CURDIR)/$(SIDE)/transformers-$(TRANSFORMERS) $(PYTEST) -q $(TRANSFORMERS_TESTS)
 
 $(SIDE)/extras.stamp: $(VENV)/build.stamp
-	rm -rf $(SIDE)/extras && mkdir -p $(SIDE)
+	rm -rf $(SIDE)/extras $(SIDE)/wandb && mkdir -p $(SIDE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(PIP) -c constraints.txt --no-deps --no-build-isolation \
 	  --target $(SIDE)/extras $(EXTRAS)
+	$(PIP) -c constraints.txt --target $(SIDE)/wandb wandb
 	touch $@
 
 # DeepSpeed compiles its communication for the CPU once, with the environment's ninja.
 test-extras: $(SIDE)/extras.stamp
-	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(CURDIR)/$(SIDE)/extras DS_ACCELERATOR=cpu \
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=$(CURDIR)/$(SIDE)/extras:$(CURDIR)/$(SIDE)/wandb DS_ACCELERATOR=cpu \
 	  TORCH_EXTENSIONS_DIR=$(CURDIR)/$(SIDE)/torch-extensions $(PYTEST) -q $(EXTRAS_TESTS)
 
 # --- the CUDA kernels on the CPU (docs/simulator.md): no GPU, no CUDA toolkit

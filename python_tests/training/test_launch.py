@@ -23,11 +23,13 @@ def test_fsdp2_is_one_process_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [["--lora-rank", "2"], ["--compile"]], ids=["lora", "compiled"])
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
-def test_fsdp2_saves_a_whole_model_of_lora(tmp_path: Path) -> None:
+def test_fsdp2_saves_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     demo_model(tmp_path, "llama")
-    one_process(tmp_path, "one", "--lora-rank", "2")
-    launch(tmp_path, "fsdp2", "run", "--lora-rank", "2")
+    one_process(tmp_path, "one", *options)
+    launch(tmp_path, "fsdp2", "run", *options)
     merged, one = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("run", "one"))
     torch.testing.assert_close(merged.state_dict(), one.state_dict(), rtol=1e-3, atol=1e-4)
     assert merged.config.mask_token_id == one.config.mask_token_id
