@@ -248,6 +248,12 @@ def test_load_says_what_is_missing(tmp_path: Path) -> None:
         load_causal_lm(tmp_path / "model")
     one_line(no_tokenizer.value)
 
+    causal_lm("gpt2").save_pretrained(tmp_path / "gpt2")  # transformers makes an empty tokenizer for it
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*: it has no vocabulary"):
+        load_causal_lm(tmp_path / "gpt2")
+    with pytest.raises(FileNotFoundError, match=r"config\.json' is a file; give the folder"):
+        load_causal_lm(tmp_path / "gpt2" / "config.json")
+
     word_tokenizer().save_pretrained(tmp_path / "model")
     assert load_causal_lm(tmp_path / "model")[0].config.vocab_size == VOCAB
     with pytest.raises(ValueError, match="is not adapted to diffusion") as not_adapted:
