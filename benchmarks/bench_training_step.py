@@ -7,9 +7,9 @@ Both start from the same weights (benchmarks/training_step.py). Steps alternate,
 medians are compared.
 """
 
+import argparse
 import copy
 import statistics
-import sys
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -24,6 +24,7 @@ def main(steps: int = 40) -> float:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=VOCAB, n_positions=LENGTH, n_embd=160, n_layer=3, n_head=5, resid_pdrop=0.0)
     config.embd_pdrop = config.attn_pdrop = 0.0
+    config.bos_token_id = config.eos_token_id = MASK_ID
     config.activation_function = "gelu_pytorch_tanh"
     plain = GPT2LMHeadModel(config)
     own = adapt(copy.deepcopy(plain), mask_token=MASK_ID)
@@ -45,4 +46,6 @@ def main(steps: int = 40) -> float:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
+    parser = argparse.ArgumentParser(description="The demo model's training step beside the same in eager PyTorch.")
+    parser.add_argument("steps", nargs="?", type=int, default=40)
+    main(parser.parse_args().steps)

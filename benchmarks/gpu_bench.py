@@ -162,6 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="in all")
     parser.add_argument("--out", type=Path, help="JSON of the records")
     given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device; --device cpu runs the same table on the CPU")
     rows = [row for row in ROWS if given.op in (None, row.op)]
     peaks, records = bench_rows(rows, torch.device(given.device), seconds=given.seconds, minutes=given.minutes)
     if given.out:

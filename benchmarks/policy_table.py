@@ -6,9 +6,9 @@ puzzles greedily with the same seed, given several numbers of steps. OUT (by def
 policies.json and policies.md.
 """
 
+import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -91,7 +91,7 @@ def table(about: str, results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(out: Path | None) -> None:
     """Train, solve, print and save."""
     torch.set_num_threads(1)  # these matrices are too small for more to help
     run: dict[str, Any] = machine("cpu") | {"seed": SEED, "training_steps": TRAINING_STEPS}
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
         results += of_task
     run["seconds"], run["cpu_seconds"] = round(time.perf_counter() - begun), round(time.process_time())
     run["results"] = [asdict(r) | dict(zip(("low", "high"), r.interval(), strict=True)) for r in results]
-    out = Path(arguments[0]) if arguments else RESULTS / run["machine"] / "policies"
+    out = out or RESULTS / run["machine"] / "policies"
     out.mkdir(parents=True, exist_ok=True)
     (out / "policies.json").write_text(json.dumps(run, indent=1) + "\n")
     (out / "policies.md").write_text("\n\n".join(tables) + "\n")
@@ -113,4 +113,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description="Accuracy against forwards for every policy.")
+    parser.add_argument("out", nargs="?", type=Path, help="folder; by default this machine's results")
+    main(parser.parse_args().out)

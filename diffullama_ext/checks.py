@@ -54,7 +54,8 @@ def check_range(
     except TypeError:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not inside:
-        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+        ends = [str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high)]
+        interval = f"{'(' if low_open else '['}{', '.join(ends)}{')' if high_open else ']'}"
         raise ValueError(f"{name} must be in {interval}, got {value!r}")
 
 

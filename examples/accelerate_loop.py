@@ -18,7 +18,9 @@ MASK_ID, LENGTH, SEED = 64, 32, 0
 def main(steps: int = 40, batch: int = 16, anneal_steps: int = 10) -> list[float]:
     accelerator = Accelerator()
     torch.manual_seed(SEED)
-    config = GPT2Config(vocab_size=MASK_ID + 1, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4)
+    config = GPT2Config(
+        vocab_size=MASK_ID + 1, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+    )
     model = adapt(GPT2LMHeadModel(config), mask_token=MASK_ID)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -127,7 +127,7 @@ def test_training_learns_and_everything_is_saved(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(policy_table, "N_PUZZLES", 8)
     monkeypatch.setattr(policy_table, "VARIANTS", ())
     monkeypatch.setattr(policy_table, "POLICIES", ("confidence", "wino"))
-    policy_table.main([str(tmp_path)])
+    policy_table.main(tmp_path)
     run = json.loads((tmp_path / "policies.json").read_text())
     assert len(run["results"]) == 2 * 2 * 4
     assert all(0 <= r["low"] <= r["right"] / r["n"] <= r["high"] <= 1 and r["n"] == 8 for r in run["results"])

@@ -115,18 +115,18 @@ def test_wrong_settings(given, message):
 
 
 BOUNDS = {  # name: (need, below or at the open lower end, above or at the open upper end)
-    **{name: ("[1, 2.14748e+09]", 0, 2**31) for name in ("steps", "batch_size", "accumulate", "global_batch_size")},
-    **{name: ("[1, 2.14748e+09]", 0, 2**31) for name in ("save_total_limit", "save_steps", "eval_steps")},
-    **{name: ("[1, 2.14748e+09]", 0, 2**31) for name in ("logging_steps", "lora_alpha")},
-    **{name: ("[0, 2.14748e+09]", -1, 2**31) for name in ("anneal_steps", "warmup_steps", "lora_rank")},
+    **{name: ("[1, 2147483647]", 0, 2**31) for name in ("steps", "batch_size", "accumulate", "global_batch_size")},
+    **{name: ("[1, 2147483647]", 0, 2**31) for name in ("save_total_limit", "save_steps", "eval_steps")},
+    **{name: ("[1, 2147483647]", 0, 2**31) for name in ("logging_steps", "lora_alpha")},
+    **{name: ("[0, 2147483647]", -1, 2**31) for name in ("anneal_steps", "warmup_steps", "lora_rank")},
     **{name: ("[0, inf)", -0.1, math.inf) for name in ("weight_decay", "max_grad_norm")},
     "learning_rate": ("(0, inf)", 0.0, math.inf),
     "data_weight": ("(0, inf)", 0.0, math.inf),
     "adam_beta2": ("[0, 1)", -0.1, 1.0),
     "lora_dropout": ("[0, 1)", -0.1, 1.0),
     "heldout": ("(0, 1)", 0.0, 1.0),
-    "length": ("[2, 2.14748e+09]", 1, 2**31),
-    "seed": ("[0, 4.29497e+09]", -1, 2**32),
+    "length": ("[2, 2147483647]", 1, 2**31),
+    "seed": ("[0, 4294967295]", -1, 2**32),
 }
 
 
