@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,14 +54,14 @@ def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
     _flush(final.parent)
 
 
-def rotate(output_dir: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest but ``keep`` checkpoints, never ``best``; each loses its name first, so none is ever torn."""
+def rotate(output_dir: Path, keep: int | None, never: Collection[str]) -> None:
+    """Delete the oldest but ``keep`` checkpoints, none named in ``never``; each loses its name first: none is torn."""
     if keep is None or keep < 1:
         return
     staging = output_dir / STAGING
     staging.mkdir(exist_ok=True)
-    others = [path for path in checkpoints(output_dir) if best is None or path.name != Path(best).name]
-    for path in others[: max(0, len(checkpoints(output_dir)) - keep)]:
+    found = checkpoints(output_dir)
+    for path in [path for path in found if path.name not in never][: max(0, len(found) - keep)]:
         path.rename(staging / path.name)
     shutil.rmtree(staging)
 

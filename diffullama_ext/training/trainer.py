@@ -333,13 +333,13 @@ class DiffusionTrainer(Trainer):
             finally:
                 self._staging = None
             self.accelerator.wait_for_everyone()
-            best = self.state.best_global_step
-            self.state.best_model_checkpoint = str(out / f"checkpoint-{best}") if best else None
+            if self.state.best_model_checkpoint == str(staging / name):
+                self.state.best_model_checkpoint = str(out / name)
             if main:
-                self.state.save_to_json(str(staging / name / "trainer_state.json"))  # it had the best one's hidden name
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))  # it had its own hidden name
                 commit(staging / name, out / name, self.run_identity())
                 shutil.rmtree(staging)
-                rotate(out, self.args.save_total_limit, self.state.best_model_checkpoint)
+                rotate(out, self.args.save_total_limit, {name, Path(self.state.best_model_checkpoint or "").name})
             self.accelerator.wait_for_everyone()
 
     # --- evaluation ---------------------------------------------------------------------------------------------------

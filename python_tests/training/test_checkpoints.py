@@ -18,8 +18,10 @@ import torch
 from processes import run_processes
 from test_trainer import adapted, curve, examples, resumes_on_cpus, run_in_processes, trained, weights
 from tiny_models import MASK_ID
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from diffullama_ext.objective import ObjectiveConfig
+from diffullama_ext.training import DiffusionTrainer
 from diffullama_ext.training.checkpoints import MANIFEST, STAGING, checkpoints
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 9, "save_total_limit": 2}
@@ -177,13 +179,41 @@ def test_no_checkpoint(tmp_path: Path) -> None:
         trained(tmp_path, resume=str(tmp_path / "checkpoint-3"))
 
 
-def test_the_best_checkpoint_survives_rotation(tmp_path: Path) -> None:
-    changed = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
-    changed |= {"metric_for_best_model": "eval_loss", "learning_rate": 0.3, "max_steps": 8}
-    trainer = trained(tmp_path, **SAVING | changed)
-    best = Path(trainer.state.best_model_checkpoint)
-    losses = curve(trainer, "eval_loss")
-    assert best.name == f"checkpoint-{2 * (losses.index(min(losses)) + 1)}"
-    assert best in checkpoints(tmp_path)
-    state = json.loads((checkpoints(tmp_path)[-1] / "trainer_state.json").read_text())
-    assert STAGING not in str(state["best_model_checkpoint"])
+BEST = {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+
+
+def evaluating_to(losses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, given = DiffusionTrainer.evaluation_loop, iter(losses)
+
+    def evaluation_loop(self: DiffusionTrainer, *arguments: Any, **options: Any) -> Any:
+        output = loop(self, *arguments, **options)
+        return output._replace(metrics=output.metrics | {"eval_loss": next(given)})
+
+    monkeypatch.setattr(DiffusionTrainer, "evaluation_loop", evaluation_loop)
+
+
+def test_rotation_keeps_the_best_checkpoint_and_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluating_to([2.0, 1.0, 4.0, 3.0], monkeypatch)
+    kept = []
+
+    class Kept(TrainerCallback):
+        def on_save(self, *_: Any, **__: Any) -> None:
+            kept.append([path.name for path in checkpoints(tmp_path)])
+
+    changed = {"eval_steps": 2, "save_total_limit": 1, "max_steps": 8}
+    trainer = trained(tmp_path, callbacks=[Kept()], **SAVING | BEST | changed)
+    assert kept == [["checkpoint-2"], ["checkpoint-4"], ["checkpoint-4", "checkpoint-6"],
+                    ["checkpoint-4", "checkpoint-8"]]  # fmt: skip
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-4")
+
+
+def test_the_best_step_that_was_saved_is_loaded_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 4 is better than step 3, but has no checkpoint."""
+    evaluating_to([5.0, 5.0, 3.0, 1.0, 2.0, 4.0], monkeypatch)
+    changed = {"eval_steps": 1, "save_steps": 3, "max_steps": 6}
+    trainer = trained(tmp_path, **SAVING | BEST | changed)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+    assert all(torch.equal(a, b) for a, b in zip(best.parameters(), weights(trainer), strict=True))
