@@ -176,6 +176,12 @@ class DiffusionTrainer(Trainer):
         """Of what the objective's draw of a batch depends on, everything but x0."""
         return {"seed": seed, "step": self.state.global_step} | {name: inputs.get(name) for name in NOISE_INPUTS}
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Of Trainer; nothing where all steps are made: it would make one more after the last step's checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         """The denominator of one optimiser step, over its micro-batches and all processes."""
         if not batch_samples:

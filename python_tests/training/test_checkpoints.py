@@ -87,6 +87,23 @@ def test_kill_9_of_the_main_one_of_two_processes(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(resumed[1], whole[1], strict=True))
 
 
+@pytest.mark.parametrize(
+    "length",
+    [{"max_steps": 9}, {"max_steps": 10}, {"max_steps": -1, "num_train_epochs": 1.7}],
+    ids=["in an epoch", "an epoch's end", "epochs"],
+)
+def test_a_run_that_has_all_its_steps_makes_no_other(tmp_path: Path, length: dict) -> None:
+    """Killed after its last checkpoint, and started again."""
+    changed = SAVING | length | {"lr_scheduler_type": "constant"}
+    whole = trained(tmp_path, **changed)
+    left = checkpoints(tmp_path)
+    resumed = trained(tmp_path, resume=True, **changed)
+    assert resumed.state.global_step == whole.state.global_step
+    assert curve(resumed) == curve(whole)
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(whole), strict=True))
+    assert checkpoints(tmp_path) == left
+
+
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 
