@@ -8,12 +8,13 @@ import gc
 import json
 import os
 import platform
+import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..output_folder import is_free, write_file_at_once
+from ..output_folder import is_free, unfinished, write_file_at_once
 from .adapt_curves import Curves, heldout_batch
 from .console import Report, pick_device, quiet_libraries, reporting
 from .errors import BadInput, checking_input
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ..adapt_config import AdaptConfig
 
 SETTINGS, ENVIRONMENT, CURVES, METRICS = "run.yaml", "environment.json", "curves.json", "metrics.json"
+MODEL = "model"  # of the hidden folder that it is written into
+WRITTEN = (SETTINGS, ENVIRONMENT, CURVES, METRICS, MODEL)
 PACKAGES = ("diffullama-ext", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "numpy")
 
 
@@ -110,7 +113,7 @@ def _check_folder(config: AdaptConfig, out: Path) -> None:
     """BadInput where ``out`` holds anything but the beginning of this very run."""
     from ..adapt_config import AdaptConfig
 
-    if is_free(out):
+    if is_free(out, *WRITTEN):
         return
     if not (out / SETTINGS).is_file():
         raise BadInput(f"{out} is not empty; give another --out")
@@ -124,8 +127,10 @@ def _check_folder(config: AdaptConfig, out: Path) -> None:
 
 
 def _start(config: AdaptConfig, out: Path) -> None:
-    """The record of what runs: settings with every default, and versions."""
+    """The record of what runs: settings with every default, and versions. What a killed process left half done goes."""
     out.mkdir(parents=True, exist_ok=True)
+    for path in unfinished(out, *WRITTEN):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_file_at_once(out / SETTINGS, config.to_yaml())
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
@@ -138,7 +143,7 @@ def _start(config: AdaptConfig, out: Path) -> None:
 
 def _finish(config: AdaptConfig, out: Path, inputs: _Inputs, curves: Curves) -> None:
     """The model's files appear with config.json, which makes the folder a model, as the last of them."""
-    with tempfile.TemporaryDirectory(prefix=".model.", dir=out) as staged:
+    with tempfile.TemporaryDirectory(prefix=f".{MODEL}.", dir=out) as staged:
         inputs.model.save_pretrained(staged)
         inputs.tokenizer.save_pretrained(staged)
         for file in sorted(Path(staged).iterdir(), key=lambda path: path.name == "config.json"):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 MANIFEST = "diffullama.json"
 STAGING = ".saving"
+SIGN = ".shared"
 PREFIX = "checkpoint-"
 
 
@@ -52,6 +53,12 @@ def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
         final.rename(staged.with_name("replaced"))
     staged.rename(final)
     _flush(final.parent)
+
+
+def clear(output_dir: Path) -> None:
+    """Delete what a killed process left of a checkpoint, or of the sign by which processes see that they share."""
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+    (output_dir / SIGN).unlink(missing_ok=True)
 
 
 def rotate(output_dir: Path, keep: int | None, never: Collection[str]) -> None:

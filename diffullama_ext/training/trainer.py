@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..integrations import DiffusionConfig
 from ..objective import DiffusionObjective, ObjectiveConfig, ObjectiveOutput
 from ..schedules import AttentionAnnealing
-from .checkpoints import STAGING, check_checkpoint, checkpoints, commit, explaining, rotate
+from .checkpoints import SIGN, STAGING, check_checkpoint, checkpoints, clear, commit, explaining, rotate
 from .collator import DiffusionCollator
 from .numbering import NumberedDataset, NumberedSampler
 
@@ -273,7 +273,7 @@ class DiffusionTrainer(Trainer):
     def _check_folder_is_shared(self) -> None:
         """OSError on every process where one does not see what process 0 writes: its part of checkpoints would lack."""
         out = Path(self.args.output_dir or "")
-        sign = out / ".shared"
+        sign = out / SIGN
         if self.is_world_process_zero():
             out.mkdir(parents=True, exist_ok=True)
             sign.touch()
@@ -311,16 +311,22 @@ class DiffusionTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Of Trainer; ValueError for a checkpoint that is torn or of another run. True takes the last one."""
+        out = Path(self.args.output_dir or "")
+        if self.is_world_process_zero():
+            clear(out)
         if self.args.world_size > 1:
             self._check_folder_is_shared()
         if resume_from_checkpoint is True:
-            found = checkpoints(self.args.output_dir or "")
+            found = checkpoints(out)
             if not found:
                 raise FileNotFoundError(f"no checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found[-1])
         if resume_from_checkpoint:
             check_checkpoint(Path(resume_from_checkpoint), self.run_identity())
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint and self.is_world_process_zero():
+            self._rotate(out)  # which the killed process may not have come to
+        return output
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -345,8 +351,13 @@ class DiffusionTrainer(Trainer):
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))  # it had its own hidden name
                 commit(staging / name, out / name, self.run_identity())
                 shutil.rmtree(staging)
-                rotate(out, self.args.save_total_limit, {name, Path(self.state.best_model_checkpoint or "").name})
+                self._rotate(out)
             self.accelerator.wait_for_everyone()
+
+    def _rotate(self, out: Path) -> None:
+        """Checkpoints of this run; the newest of it and the best one stay."""
+        best = Path(self.state.best_model_checkpoint or "").name
+        rotate(out, self.args.save_total_limit, {f"checkpoint-{self.state.global_step}", best})
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,16 @@ def test_kill_9_changes_nothing(tmp_path: Path, when: str) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-8", "checkpoint-9"]
 
 
+def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+    """Killed as it had given the last checkpoint its name, or while processes looked whether they share the folder."""
+    trained(tmp_path, **SAVING)
+    shutil.copytree(tmp_path / "checkpoint-8", tmp_path / "checkpoint-6")
+    shutil.copytree(tmp_path / "checkpoint-8", tmp_path / STAGING / "checkpoint-4")
+    (tmp_path / ".shared").touch()
+    trained(tmp_path, resume=True, **SAVING)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-8", "checkpoint-9"]
+
+
 @pytest.mark.slow
 @resumes_on_cpus
 def test_kill_9_of_the_main_one_of_two_processes(tmp_path: Path) -> None:
