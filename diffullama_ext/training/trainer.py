@@ -29,7 +29,7 @@ from ..objective import DiffusionObjective, ObjectiveConfig, ObjectiveOutput
 from ..schedules import AttentionAnnealing
 from .checkpoints import SIGN, STAGING, check_checkpoint, checkpoints, clear, commit, explaining, rotate
 from .collator import DiffusionCollator
-from .numbering import NumberedDataset, NumberedSampler
+from .numbering import EndlessStream, NumberedDataset, NumberedSampler
 
 NOISE_INPUTS = ("maskable", "attention_mask", "document_ids", "sample_index")  # of a batch, besides its tokens
 EVAL_SEED = 2**63 - 1  # of the noise of evaluation; no seed that people give a training run
@@ -88,7 +88,8 @@ class DiffusionTrainer(Trainer):
       config's normaliser, over the whole set, and ``eval_masked_nll``, the plain mean over masked tokens. (On several
       processes accelerate fills an uneven last batch with the first samples again, in training and evaluation alike.)
     - Examples hold ``input_ids`` and optionally ``attention_mask`` and ``maskable``: see :class:`DiffusionCollator`. An
-      iterable dataset (no length) must number its samples itself, under ``sample_index``.
+      iterable dataset (no length) must number its samples itself, under ``sample_index``; it is read again and again,
+      with its own ``set_epoch`` where it has one, and steps span its ends.
 
     Args:
         model: adapted and prepared; peft may wrap it.
@@ -130,6 +131,8 @@ class DiffusionTrainer(Trainer):
             raise ValueError("push_to_hub must be False under FSDP, got True; push the model that is saved at the end")
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = _numbered(kwargs.get(name))
+        if kwargs["train_dataset"] is not None and not hasattr(kwargs["train_dataset"], "__len__"):
+            kwargs["train_dataset"] = EndlessStream(kwargs["train_dataset"])
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = DiffusionCollator(
                 getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0

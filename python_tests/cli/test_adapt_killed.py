@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`diffullama adapt`, killed before each file that gets its name and each folder that goes, then started again until it ends."""
+"""`diffullama adapt`, killed before each renaming and each folder that goes, then started again."""
 
 import os
 import subprocess

@@ -58,7 +58,8 @@ def arguments(path: Path, **changed: Any) -> TrainingArguments:
 def trained(
     path: Path, model: PreTrainedModel | None = None, resume: str | None = None, **changed: Any
 ) -> DiffusionTrainer:
-    own = {name: changed.pop(name) for name in ("objective", "eval_seed", "anneal_steps", "callbacks") if name in changed}
+    names = ("objective", "eval_seed", "anneal_steps", "callbacks")
+    own = {name: changed.pop(name) for name in names if name in changed}
     data = changed.pop("train_dataset", None) or examples()
     trainer = DiffusionTrainer(
         model or adapted(), arguments(path, **changed), train_dataset=data, eval_dataset=examples()[:7], **own
