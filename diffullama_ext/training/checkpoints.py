@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 
 MANIFEST = "diffullama.json"
@@ -86,6 +88,24 @@ def explaining(final: Path) -> Iterator[None]:
         left = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
         reason = " ".join(str(error).split())
         raise OSError(f"{final.name} could not be saved: {reason}; nothing of it is kept; {left}") from error
+
+
+def check_shared(output_dir: Path, accelerator: Accelerator) -> None:
+    """OSError on every process where one does not see what process 0 writes: its part of checkpoints would lack."""
+    sign = output_dir / SIGN
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        sign.touch()
+    accelerator.wait_for_everyone()
+    seen = torch.tensor(int(sign.exists()), device=accelerator.device)
+    count = int(accelerator.reduce(seen, reduction="sum"))
+    if accelerator.is_main_process:
+        sign.unlink()
+    if count < accelerator.num_processes:
+        raise OSError(
+            f"output_dir must be on a file system that all nodes see, but {accelerator.num_processes - count} of "
+            f"{accelerator.num_processes} processes do not see what process 0 writes in {output_dir}"
+        )
 
 
 def check_checkpoint(folder: Path, run: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..integrations import DiffusionConfig
 from ..objective import DiffusionObjective, ObjectiveConfig, ObjectiveOutput
 from ..schedules import AttentionAnnealing
-from .checkpoints import SIGN, STAGING, check_checkpoint, checkpoints, clear, commit, explaining, rotate
+from .checkpoints import STAGING, check_checkpoint, check_shared, checkpoints, clear, commit, explaining, rotate
 from .collator import DiffusionCollator
 from .numbering import EndlessStream, NumberedDataset, NumberedSampler
 
@@ -273,24 +273,6 @@ class DiffusionTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         return None
 
-    def _check_folder_is_shared(self) -> None:
-        """OSError on every process where one does not see what process 0 writes: its part of checkpoints would lack."""
-        out = Path(self.args.output_dir or "")
-        sign = out / SIGN
-        if self.is_world_process_zero():
-            out.mkdir(parents=True, exist_ok=True)
-            sign.touch()
-        self.accelerator.wait_for_everyone()
-        seen = torch.tensor(int(sign.exists()), device=self.args.device)
-        count = int(self.accelerator.reduce(seen, reduction="sum"))
-        if self.is_world_process_zero():
-            sign.unlink()
-        if count < self.args.world_size:
-            raise OSError(
-                f"output_dir must be on a file system that all nodes see, but {self.args.world_size - count} of "
-                f"{self.args.world_size} processes do not see what process 0 writes in {out}"
-            )
-
     def run_identity(self) -> dict[str, Any]:
         """What a run may not change when it resumes, for JSON; processes and micro-batches it may."""
         args, dataset = self.args, cast(Any, self.train_dataset)
@@ -318,7 +300,7 @@ class DiffusionTrainer(Trainer):
         if self.is_world_process_zero():
             clear(out)
         if self.args.world_size > 1:
-            self._check_folder_is_shared()
+            check_shared(out, self.accelerator)
         if resume_from_checkpoint is True:
             found = checkpoints(out)
             if not found:
