@@ -56,7 +56,8 @@ class _SkipEmptyStep(TrainerCallback):
     ) -> None:
         """The count of all processes is looked at, which waits for the device, only after an empty micro-batch here."""
         n_empty, count = self.trainer.diffusion_objective.n_empty_batches, self.trainer.step_denominator
-        if n_empty > self.n_known and count is not None and int(count) == 0:
+        is_of_all = args.average_tokens_across_devices or args.world_size == 1
+        if n_empty > self.n_known and is_of_all and count is not None and int(count) == 0:
             cast(nn.Module, self.trainer.model).zero_grad(set_to_none=True)
         self.n_known = n_empty
 
