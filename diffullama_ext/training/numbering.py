@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 
 class _Sized(Protocol):
@@ -52,7 +52,8 @@ class EndlessStream(IterableDataset[Mapping[str, Any]]):
     """An iterable dataset again and again; the dataset is told each epoch before it, in the process that reads.
 
     Trainer takes all steps of a dataset without a length for one epoch. So batches and steps may span two passes, and
-    a place in the run is one in this stream, which a resumed run reads up to. It ends where a pass gives nothing.
+    a place in the run is one in this stream, which a resumed run reads up to. A pass that gives nothing is an error; in
+    a worker, whose share is empty then, the end.
     """
 
     def __init__(self, dataset: Iterable[Mapping[str, Any]]) -> None:
@@ -64,6 +65,8 @@ class EndlessStream(IterableDataset[Mapping[str, Any]]):
                 self.dataset.set_epoch(epoch)
             samples = iter(self.dataset)
             first = next(samples, None)
+            if first is None and get_worker_info() is None:
+                raise ValueError(f"an iterable train_dataset must give samples, got none in pass {epoch}")
             if first is None:
                 return
             yield first

@@ -284,6 +284,7 @@ class DiffusionTrainer(Trainer):
             for name in ("input_ids", "maskable", "attention_mask", "document_ids"):
                 if row.get(name) is not None:
                     digest = zlib.crc32(torch.as_tensor(row[name]).long().numpy().tobytes(), digest)
+        micro_batch = args.train_batch_size * args.world_size
         return {
             "objective": asdict(self.diffusion_objective.config),
             "anneal_steps": self.annealing.anneal_steps,
@@ -292,7 +293,9 @@ class DiffusionTrainer(Trainer):
             "order": getattr(args, "train_sampling_strategy", "random"),
             "samples": size,
             "digest of some samples": digest,
-            "samples a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "samples a step": micro_batch * args.gradient_accumulation_steps,
+            # What an epoch leaves out, which follows from the split then.
+            **({"drop_last of micro-batches of": micro_batch} if args.dataloader_drop_last else {}),
         }
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -310,6 +313,9 @@ class DiffusionTrainer(Trainer):
         if resume_from_checkpoint:
             check_checkpoint(Path(resume_from_checkpoint), self.run_identity())
         output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.state.global_step == 0 < self.state.max_steps:
+            n = self.args.train_batch_size * self.args.world_size
+            raise ValueError(f"train_dataset gave no batch: it is empty, or drop_last leaves out less than {n} samples")
         if resume_from_checkpoint and self.is_world_process_zero():
             self._rotate(out)  # which the killed process may not have come to
         return output

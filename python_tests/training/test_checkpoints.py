@@ -199,6 +199,18 @@ def test_another_runs_checkpoint_is_refused(run: Path, changed: dict, message: s
         trained(run, resume=True, **SAVING | changed)
 
 
+def test_a_remainder_that_is_dropped_belongs_to_the_run(tmp_path: Path) -> None:
+    """18 samples make 4 steps of 4 an epoch, or 5 of 2 times 2."""
+    changed = SAVING | {"dataloader_drop_last": True}
+    trained(tmp_path, **changed | {"max_steps": 4})
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    with pytest.raises(ValueError, match="drop_last of micro-batches of was 4, is 2"):
+        trained(tmp_path, resume=True, **changed | split)
+    with pytest.raises(ValueError, match="drop_last of micro-batches of was 4, is None"):
+        trained(tmp_path, resume=True, **SAVING)
+    assert len(curve(trained(tmp_path, resume=True, **changed))) == 9
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         trained(tmp_path, resume=True)
