@@ -345,6 +345,13 @@ class DiffusionTrainer(Trainer):
                 shutil.rmtree(staging)
                 self._rotate(out)
             self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(out / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Of Trainer, which uploads in the background; so not before the checkpoint has its name."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _rotate(self, out: Path) -> None:
         """Checkpoints of this run; the newest of it and the best one stay."""

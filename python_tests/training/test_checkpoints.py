@@ -18,7 +18,7 @@ import torch
 from processes import run_processes
 from test_trainer import adapted, curve, examples, resumes_on_cpus, run_in_processes, trained, weights
 from tiny_models import MASK_ID
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from diffullama_ext.objective import ObjectiveConfig
 from diffullama_ext.training import DiffusionTrainer
@@ -216,6 +216,19 @@ def test_no_checkpoint(tmp_path: Path) -> None:
         trained(tmp_path, resume=True)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         trained(tmp_path, resume=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_checkpoint_is_pushed_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upload reads its files while training goes on."""
+    pushed = []
+
+    def push(self: Trainer, folder: str) -> None:
+        pushed.append((folder, (Path(folder) / MANIFEST).is_file(), (tmp_path / STAGING).exists()))
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
+    trained(tmp_path, push_to_hub=True, **SAVING | {"max_steps": 4})
+    assert pushed == [(str(tmp_path / f"checkpoint-{step}"), True, False) for step in (2, 4)]
 
 
 BEST = {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
