@@ -147,6 +147,8 @@ def _finish(config: AdaptConfig, out: Path, inputs: _Inputs, curves: Curves) -> 
         inputs.model.save_pretrained(staged)
         inputs.tokenizer.save_pretrained(staged)
         for file in sorted(Path(staged).iterdir(), key=lambda path: path.name == "config.json"):
+            if file.is_dir():  # chat templates; of a run that was killed here, and a folder takes no full one's place
+                shutil.rmtree(out / file.name, ignore_errors=True)
             os.replace(file, out / file.name)
     held = curves.held["blocks"]
     metrics = {
