@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..output_folder import is_free, unfinished, write_file_at_once
 from .adapt_curves import Curves, heldout_batch
 from .console import Report, pick_device, quiet_libraries, reporting
-from .errors import BadInput, checking_input
+from .errors import BadInput, checking_input, one_line
 from .models import load_to_train, model_path
 
 if TYPE_CHECKING:
@@ -60,11 +60,18 @@ def _adapt(config: AdaptConfig, out: Path, processes: int) -> None:
     with checking_input():
         where = pick_device(config.device)
         _check_machine(config, where.type)
-        _check_folder(config, out)
-        inputs = _inputs(config)
-        arguments = config.training_arguments(
+        result: _Inputs | Exception
+        try:
+            _check_folder(config, out)
+            result = _inputs(config)
+        except Exception as error:
+            if processes == 1:
+                raise
+            result = error
+        arguments = config.training_arguments(  # in which processes meet
             out, processes=processes, use_cpu=where.type == "cpu", dataloader_pin_memory=where.type == "cuda"
         )
+        inputs = _of_all(result, processes)
         loaded = inputs.model
         model: Any = loaded.to(where)
         if config.lora_rank:
@@ -91,6 +98,21 @@ def _adapt(config: AdaptConfig, out: Path, processes: int) -> None:
         if scores:
             curves.score(loaded, config.steps)
     _finish(config, out, inputs._replace(model=loaded), curves)
+
+
+def _of_all(result: _Inputs | Exception, processes: int) -> _Inputs:
+    """The inputs; where a process has an error it raises it, and the others BadInput: they would wait for it long."""
+    import torch
+
+    messages: list[str | None] = [None] * processes
+    if processes > 1:
+        torch.distributed.all_gather_object(messages, one_line(result) if isinstance(result, Exception) else None)
+    if isinstance(result, Exception):
+        raise result
+    failed = [f"process {place}: {message}" for place, message in enumerate(messages) if message is not None]
+    if failed:
+        raise BadInput(f"{len(failed)} of {processes} processes failed; {failed[0]}")
+    return result
 
 
 def _check_machine(config: AdaptConfig, device: str) -> None:
