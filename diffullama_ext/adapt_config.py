@@ -180,7 +180,8 @@ class AdaptConfig:
         hints = get_type_hints(ObjectiveConfig) | {"recipe": str}
         unknown = sorted(str(key) for key in self.objective if key not in hints or key == "mask_id")
         if unknown:
-            raise ValueError(f"objective: no such setting: {', '.join(unknown)}")
+            known = ", ".join(sorted(set(hints) - {"mask_id", "shift"}))
+            raise ValueError(f"objective: no such setting: {', '.join(unknown)}; it has {known}")
         given = {name: _as_declared(f"objective {name}", value, hints[name]) for name, value in self.objective.items()}
         recipe = given.pop("recipe", None)
         given |= {"mask_id": mask_id, "shift": self.shifted() if shift is None else shift}

@@ -124,6 +124,7 @@ class AttentionMask:
         Source: Arriola et al., "Block Diffusion: Interpolating Between Autoregressive and Diffusion Language Models"
         (BD3-LM, ICLR 2025): M_BD, M_OBC and M_BC.
         """
+        check_tensor("block_ids", block_ids, torch.int64)
         clean = 2 * block_ids + 1  # odd, so that the even id of a noised query lies below its own block's clean keys
         nothing = torch.full_like(block_ids, 2**62)
         before = cls.block_causal(torch.cat([2 * block_ids, clean], dim=-1), torch.cat([nothing, clean], dim=-1))

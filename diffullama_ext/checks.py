@@ -48,8 +48,11 @@ def check_tensor(
 def check_range(
     name: str, value: float, low: float, high: float, *, low_open: bool = False, high_open: bool = False
 ) -> None:
-    """A Python number inside [low, high], without an end that is open; NaN never is."""
-    inside = (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
+    """A Python number inside [low, high], without an end that is open; NaN never is. TypeError for no number."""
+    try:
+        inside = (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not inside:
         interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
         raise ValueError(f"{name} must be in {interval}, got {value!r}")

@@ -125,6 +125,12 @@ REJECTED: list[tuple[Callable[[], object], type[Exception], str]] = [
         ValueError,
         r"^allowed must be bool\[M, Lq, Lk\], got bool\[4\]",
     ),
+    (
+        lambda: AttentionMask.two_streams(cast(Tensor, [0, 0, 1])),
+        TypeError,
+        r"block_ids must be a tensor int64, got list",
+    ),
+    (lambda: AttentionMask.two_streams(_ids(4).int()), TypeError, r"block_ids must be int64, got int32"),
     (lambda: AttentionMask.documents(torch.zeros(4)), TypeError, r"ids must be int64\[B, L\], got float32\[1, 4\]"),
     (lambda: AttentionMask.documents(_ids(1, 2, 3)), ValueError, r"ids must be int64\[B, L\], got int64\[1, 2, 3\]"),
     (lambda: AttentionMask.block_causal(_ids(4), _ids(2, 4)), ValueError, r"one batch size, got 1 and 2"),

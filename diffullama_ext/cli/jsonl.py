@@ -31,7 +31,10 @@ def read_records(path: Path, check: Callable[[Record], object]) -> list[Record]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"is no JSON ({error.msg} at character {error.pos + 1}): {line[:40]!r}") from error
             if not isinstance(record, dict):
                 raise ValueError(f"must be a JSON object, got {line[:40]!r}")
             check(record)

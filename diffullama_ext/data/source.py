@@ -81,6 +81,8 @@ class DataSource:
 
 
 def check_sources(sources: Sequence[DataSource]) -> None:
-    """At least one."""
+    """At least one, in a sequence."""
+    if isinstance(sources, DataSource) or not all(isinstance(source, DataSource) for source in sources):
+        raise TypeError(f"sources must be a sequence of DataSource, got {sources!r}")
     if not sources:
         raise ValueError("sources must be at least one, got none")

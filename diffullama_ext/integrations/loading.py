@@ -100,14 +100,20 @@ def load_causal_lm(path_or_id: str | Path, **kwargs: Any) -> tuple[PreTrainedMod
             weights are not those that its config asks for.
     """
     name = str(path_or_id)
+    if Path(name).is_file():
+        raise FileNotFoundError(f"{name!r} is a file; give the folder of the model")
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.count("/") > 1 or name.startswith(".")):
         raise FileNotFoundError(f"no such directory: {name!r}")
     model = _load_model(name, kwargs)
     try:
         gguf = {"gguf_file": kwargs["gguf_file"]} if "gguf_file" in kwargs else {}
-        return model, AutoTokenizer.from_pretrained(name, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(name, **gguf)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"no tokenizer at {name!r}: {_first_line(error)}") from error
+    # Where there are no files of one, transformers 5 makes some families' tokenizer of special tokens alone.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise FileNotFoundError(f"no tokenizer at {name!r}: it has no vocabulary; save the tokenizer beside the model")
+    return model, tokenizer
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from transformers import (
 
 from .. import functional
 from ..attention_mask import AttentionMask
-from ..checks import check_range
+from ..checks import check_int, check_range
 
 ATTENTION_NAME = "diffullama"
 NEW_MASK_TOKEN = "<|mask|>"
@@ -48,8 +48,8 @@ class DiffusionConfig:
     anneal_steps: int = 0
 
     def __post_init__(self) -> None:
-        check_range("mask_id", self.mask_id, 0, 2**31 - 1)
-        check_range("anneal_steps", self.anneal_steps, 0, 2**31 - 1)
+        check_int("mask_id", self.mask_id, 0, 2**31 - 1)
+        check_int("anneal_steps", self.anneal_steps, 0, 2**31 - 1)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> DiffusionConfig:
@@ -285,7 +285,7 @@ def adapt(
             tokenizer for a textual mask token, an id outside the embeddings, anneal_steps < 0.
     """
     _check_causal_lm(model)
-    check_range("anneal_steps", anneal_steps, 0, 2**31 - 1)
+    check_int("anneal_steps", anneal_steps, 0, 2**31 - 1)
     _check_mask_token(model, tokenizer, mask_token)
     _use_attention(model)
     mask_id = _mask_id(model, tokenizer, mask_token)

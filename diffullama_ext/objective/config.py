@@ -85,7 +85,7 @@ class ObjectiveConfig:
     teacher_shift: bool | None = None
 
     def __post_init__(self) -> None:
-        check_range("mask_id", self.mask_id, 0, 2**63 - 1)
+        check_int("mask_id", self.mask_id, 0, 2**63 - 1)
         check_time(self.t_min, self.t_max, self.strata, self.antithetic)
         check_choice("normalizer", self.normalizer, NORMALIZERS)
         check_choice("loss_mask", self.loss_mask, LOSS_MASKS)

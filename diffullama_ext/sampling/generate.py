@@ -121,6 +121,15 @@ def _check_prompts(prompt_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return real
 
 
+def _check_ids(prompt_ids: Tensor, vocab_size: int | None) -> None:
+    """Every id has an embedding, a padding's too: a device would fail without a word of which."""
+    outside = prompt_ids[(prompt_ids < 0) | (prompt_ids >= (vocab_size or 2**63 - 1))]
+    if len(outside):
+        raise ValueError(
+            f"prompt_ids and start_id must be in the model's vocabulary of {vocab_size} tokens, got {outside[0].item()}"
+        )
+
+
 def generate(
     model: Any,
     *,
@@ -174,8 +183,8 @@ def generate(
         cuda_graph: capture the forward in the first step and replay it in the others; on CUDA, without a cache.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`fill`; a model that is not adapted; an empty prompt; more tokens
-            than the model takes.
+        TypeError, ValueError, RuntimeError: as :func:`fill`; a model that is not adapted; an empty prompt; an id that
+            the model has no embedding for; more tokens than it takes.
     """
     mask_id, shift = mask_and_shift(model)
     check_count("length", length)
@@ -195,6 +204,7 @@ def generate(
         real = torch.ones_like(prompt_ids, dtype=torch.bool)
     else:
         real = _check_prompts(prompt_ids, attention_mask)
+    _check_ids(prompt_ids, getattr(model.config, "vocab_size", None))
     prompt = prompt_ids.to(device).repeat_interleave(n, dim=0)
     real = real.to(device).repeat_interleave(n, dim=0)
 

@@ -142,6 +142,12 @@ class DiffusionTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts, by _get_num_items_in_batch, before the loss
         diffusion = DiffusionConfig.of(cast(PreTrainedModel, self.model))
+        for name in ("mask_id", "shift"):  # the saved config says how to sample from what was trained
+            own = getattr(diffusion, name)
+            if objective is not None and getattr(objective, name) != own:
+                raise ValueError(
+                    f"objective must have the model's {name}, {own}, got {getattr(objective, name)}; adapt() sets it"
+                )
         self.diffusion_objective = DiffusionObjective(
             objective or ObjectiveConfig(diffusion.mask_id, shift=diffusion.shift), teacher
         )

@@ -78,7 +78,7 @@ def test_presets_are_the_papers():
         ({"shift": 1}, "shift must be bool, got 1"),
         ({"learning_rate": float("nan")}, "learning_rate must be in"),
         ({"data": ["a", "b"], "data_weight": [1.0]}, "one weight a source, got 1"),
-        ({"objective": {"normaliser": "x"}}, "objective: .*normaliser"),
+        ({"objective": {"normaliser": "x"}}, "objective: no such setting: normaliser; it has .* normalizer, recipe, "),
         ({"objective": {"normalizer": "x"}}, "normalizer must be one of"),
         ({"bf16": True, "fp16": True}, "one of bf16 and fp16 must be False"),
         ({"schedule": "square"}, "schedule must be one of"),

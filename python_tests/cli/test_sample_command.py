@@ -264,7 +264,7 @@ def test_infilling_a_file(infill, tmp_path):
         ("sample", '{"prompt": "a"}\n{"prompt": ""}', "line 2: the prompt must not be empty"),
         ("sample", '{"prompt": 3}', 'line 1: "prompt" must be a text, got 3'),
         ("sample", "[1]", "line 1: must be a JSON object"),
-        ("sample", '{"prompt"', "line 1: Expecting"),
+        ("sample", '{"prompt"', "line 1: is no JSON (Expecting ':' delimiter at character 10): '{\"prompt\"'"),
         ("sample", "\n \n", "has no line"),
         (
             "sample",

@@ -350,6 +350,12 @@ def test_an_unknown_dataset_is_one_line(tmp_path, tokenizer, monkeypatch):
         load_blocks([DataSource("org/name")], tokenizer, 5, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize("sources", ["data", ["data"], DataSource("data")])
+def test_sources_are_a_sequence_of_data_sources(tokenizer, sources):
+    with pytest.raises(TypeError, match=r"sources must be a sequence of DataSource, got "):
+        load_blocks(sources, tokenizer, 5)
+
+
 def test_paths_that_are_no_ids():
     assert all(DataSource(path).is_local for path in ("./a/b", "/a", "~/a", "a/b/c", str(Path.cwd())))
     assert not any(DataSource(path).is_local for path in ("org/name", "wikitext"))

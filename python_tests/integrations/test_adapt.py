@@ -201,6 +201,7 @@ def test_adapt_refuses_the_model(model: Callable, error: type[Exception], messag
         ({"mask_token": "<m>"}, ValueError, r"tokenizer must be given for mask_token='<m>'"),
         ({"mask_token": VOCAB}, ValueError, rf"mask_token must be in \[0, {VOCAB - 1}\], got {VOCAB}"),
         ({"mask_token": -1}, ValueError, r"mask_token must be in .*, got -1"),
+        ({"anneal_steps": 10.5}, TypeError, r"anneal_steps must be an int, got 10.5"),
         ({"mask_token": 1.5}, TypeError, r"mask_token must be None, a token or an id, got 1.5"),
         ({"mask_token": True}, TypeError, r"mask_token must be None, a token or an id, got True"),
         ({"mask_token": 3, "anneal_steps": -2}, ValueError, r"anneal_steps must be in .*, got -2"),
@@ -247,6 +248,12 @@ def test_load_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no tokenizer at") as no_tokenizer:
         load_causal_lm(tmp_path / "model")
     one_line(no_tokenizer.value)
+
+    causal_lm("gpt2").save_pretrained(tmp_path / "gpt2")  # transformers makes an empty tokenizer for it
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*: it has no vocabulary"):
+        load_causal_lm(tmp_path / "gpt2")
+    with pytest.raises(FileNotFoundError, match=r"config\.json' is a file; give the folder"):
+        load_causal_lm(tmp_path / "gpt2" / "config.json")
 
     word_tokenizer().save_pretrained(tmp_path / "model")
     assert load_causal_lm(tmp_path / "model")[0].config.vocab_size == VOCAB

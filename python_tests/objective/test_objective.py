@@ -278,6 +278,8 @@ def test_bad_recipes_and_times() -> None:
         ValueError, match=r"recipe must be one of 'diffullama', 'llada', 'llada_sft', 'dream', got 'mdlm'"
     ):
         ObjectiveConfig.recipe("mdlm", mask_id=1)
+    with pytest.raises(TypeError, match=r"mask_id must be an int, got 1\.5"):
+        ObjectiveConfig(1.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"sample_index must be a?.*int64\[B\], got float32\[2\]"):
         draw_t(torch.zeros(2), 0)
     with pytest.raises(ValueError, match=r"t_min must be in \[0, 1\), got 2"):

@@ -87,6 +87,7 @@ def arguments(**changes):
         (dict(block_length=2), ValueError, r"steps must be at least the 3 blocks of 2 positions, got 2"),
         (dict(policy="best"), ValueError, r"policy must be one of '.*'threshold'.*, got 'best'"),
         (dict(policy=ThresholdPolicy), TypeError, r"policy must be one of .* or a Policy, got <class"),
+        (dict(temperature=None), TypeError, r"temperature must be a number, got None"),
         (dict(policy=None), TypeError, r"policy must be one of .* or a Policy, got None"),
         (dict(temperature=-0.1), ValueError, r"temperature must be in \[0, inf\], got -0.1"),
         (dict(temperature=float("nan")), ValueError, r"temperature must be in \[0, inf\], got nan"),

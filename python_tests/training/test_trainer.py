@@ -372,6 +372,14 @@ def test_options_of_trainer(changed: dict, tolerance: float, tmp_path: Path) -> 
             "anneal_steps must be at least 0, got -1",
         ),
         (
+            lambda args: DiffusionTrainer(adapted(), args, objective=ObjectiveConfig(3)),
+            f"objective must have the model's mask_id, {MASK_ID}, got 3",
+        ),
+        (
+            lambda args: DiffusionTrainer(adapted(), args, objective=ObjectiveConfig.recipe("llada", mask_id=MASK_ID)),
+            "objective must have the model's shift, True, got False",
+        ),
+        (
             lambda args: DiffusionTrainer(adapted(), SimpleNamespace(n_gpu=1, save_on_each_node=True)),
             "save_on_each_node must be False",
         ),
@@ -380,7 +388,17 @@ def test_options_of_trainer(changed: dict, tolerance: float, tmp_path: Path) -> 
             "push_to_hub must be False under FSDP",
         ),
     ],
-    ids=["not adapted", "DataParallel", "sampling", "loss function", "anneal_steps", "each node", "push"],
+    ids=[
+        "not adapted",
+        "DataParallel",
+        "sampling",
+        "loss function",
+        "anneal_steps",
+        "mask id",
+        "shift",
+        "each node",
+        "push",
+    ],
 )
 def test_the_trainer_refuses(make: Callable, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
