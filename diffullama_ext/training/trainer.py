@@ -300,7 +300,6 @@ class DiffusionTrainer(Trainer):
             "samples": size,
             "digest of some samples": digest,
             "samples a step": micro_batch * args.gradient_accumulation_steps,
-            # What an epoch leaves out, which follows from the split then.
             **({"drop_last of micro-batches of": micro_batch} if args.dataloader_drop_last else {}),
         }
 
@@ -360,7 +359,6 @@ class DiffusionTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _rotate(self, out: Path) -> None:
-        """Checkpoints of this run; the newest of it and the best one stay."""
         best = Path(self.state.best_model_checkpoint or "").name
         rotate(out, self.args.save_total_limit, {f"checkpoint-{self.state.global_step}", best})
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from test_trainer import Stream as Rows
 from test_trainer import adapted, arguments, examples, stream
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, get_worker_info
 
@@ -103,6 +104,20 @@ def test_workers_that_stay_are_told_the_epoch(tmp_path: Path) -> None:
     workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
     numbers = [number for _, batch in seen(tmp_path, max_steps=8, **workers) for number in batch]
     assert sorted(numbers) == list(range(32))
+
+
+@pytest.mark.parametrize(
+    ("data", "changed", "message"),
+    [
+        (examples(3), {"dataloader_drop_last": True}, "gave no batch: .* drop_last leaves out less than 4 samples"),
+        (Rows([]), {}, "an iterable train_dataset must give samples, got none in pass 0"),
+    ],
+    ids=["less than a batch", "an empty stream"],
+)
+def test_data_without_a_batch(tmp_path: Path, data: Any, changed: dict, message: str) -> None:
+    trainer = DiffusionTrainer(adapted(), arguments(tmp_path, **changed), train_dataset=data)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
 
 
 # --- the collator -----------------------------------------------------------------------------------------------------

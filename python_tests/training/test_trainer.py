@@ -310,20 +310,6 @@ def test_an_iterable_dataset_numbers_its_own_samples(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("data", "changed", "message"),
-    [
-        (examples(3), {"dataloader_drop_last": True}, "gave no batch: .* drop_last leaves out less than 4 samples"),
-        (Stream([]), {}, "an iterable train_dataset must give samples, got none in pass 0"),
-    ],
-    ids=["less than a batch", "an empty stream"],
-)
-def test_data_without_a_batch(tmp_path: Path, data: Any, changed: dict, message: str) -> None:
-    trainer = DiffusionTrainer(adapted(), arguments(tmp_path, **changed), train_dataset=data)
-    with pytest.raises(ValueError, match=message):
-        trainer.train()
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lora(tmp_path: Path) -> None:
     model = get_peft_model(adapted(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
