@@ -11,9 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def is_free(out: Path) -> bool:
-    """Whether nothing would be lost by writing ``out``: it does not exist, or is an empty folder."""
-    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+def unfinished(out: Path, *names: str) -> list[Path]:
+    """What a killed process left in ``out`` of writing ``names``: ``.NAME.`` and an end of its own."""
+    return [path for name in names for path in out.glob(f".{name}.*")]
+
+
+def is_free(out: Path, *names: str) -> bool:
+    """Whether nothing would be lost by writing ``out``: it is absent, or a folder of nothing but :func:`unfinished`."""
+    return not out.exists() or (out.is_dir() and set(out.iterdir()) <= set(unfinished(out, *names)))
 
 
 @contextmanager

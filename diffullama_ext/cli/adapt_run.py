@@ -8,15 +8,16 @@ import gc
 import json
 import os
 import platform
+import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..output_folder import is_free, write_file_at_once
+from ..output_folder import is_free, unfinished, write_file_at_once
 from .adapt_curves import Curves, heldout_batch
 from .console import Report, pick_device, quiet_libraries, reporting
-from .errors import BadInput, checking_input
+from .errors import BadInput, checking_input, one_line
 from .models import load_to_train, model_path
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ..adapt_config import AdaptConfig
 
 SETTINGS, ENVIRONMENT, CURVES, METRICS = "run.yaml", "environment.json", "curves.json", "metrics.json"
+MODEL = "model"  # of the hidden folder that it is written into
+WRITTEN = (SETTINGS, ENVIRONMENT, CURVES, METRICS, MODEL)
 PACKAGES = ("diffullama-ext", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "numpy")
 
 
@@ -57,11 +60,18 @@ def _adapt(config: AdaptConfig, out: Path, processes: int) -> None:
     with checking_input():
         where = pick_device(config.device)
         _check_machine(config, where.type)
-        _check_folder(config, out)
-        inputs = _inputs(config)
-        arguments = config.training_arguments(
+        result: _Inputs | Exception
+        try:
+            _check_folder(config, out)
+            result = _inputs(config)
+        except Exception as error:
+            if processes == 1:
+                raise
+            result = error
+        arguments = config.training_arguments(  # in which processes meet
             out, processes=processes, use_cpu=where.type == "cpu", dataloader_pin_memory=where.type == "cuda"
         )
+        inputs = _of_all(result, processes)
         loaded = inputs.model
         model: Any = loaded.to(where)
         if config.lora_rank:
@@ -90,6 +100,21 @@ def _adapt(config: AdaptConfig, out: Path, processes: int) -> None:
     _finish(config, out, inputs._replace(model=loaded), curves)
 
 
+def _of_all(result: _Inputs | Exception, processes: int) -> _Inputs:
+    """The inputs; where a process has an error it raises it, and the others BadInput: they would wait for it long."""
+    import torch
+
+    messages: list[str | None] = [None] * processes
+    if processes > 1:
+        torch.distributed.all_gather_object(messages, one_line(result) if isinstance(result, Exception) else None)
+    if isinstance(result, Exception):
+        raise result
+    failed = [f"process {place}: {message}" for place, message in enumerate(messages) if message is not None]
+    if failed:
+        raise BadInput(f"{len(failed)} of {processes} processes failed; {failed[0]}")
+    return result
+
+
 def _check_machine(config: AdaptConfig, device: str) -> None:
     """ValueError where this machine lacks what the settings ask for."""
     from transformers.integrations import get_available_reporting_integrations
@@ -110,7 +135,7 @@ def _check_folder(config: AdaptConfig, out: Path) -> None:
     """BadInput where ``out`` holds anything but the beginning of this very run."""
     from ..adapt_config import AdaptConfig
 
-    if is_free(out):
+    if is_free(out, *WRITTEN):
         return
     if not (out / SETTINGS).is_file():
         raise BadInput(f"{out} is not empty; give another --out")
@@ -124,8 +149,10 @@ def _check_folder(config: AdaptConfig, out: Path) -> None:
 
 
 def _start(config: AdaptConfig, out: Path) -> None:
-    """The record of what runs: settings with every default, and versions."""
+    """The record of what runs: settings with every default, and versions. What a killed process left half done goes."""
     out.mkdir(parents=True, exist_ok=True)
+    for path in unfinished(out, *WRITTEN):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_file_at_once(out / SETTINGS, config.to_yaml())
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
@@ -138,10 +165,12 @@ def _start(config: AdaptConfig, out: Path) -> None:
 
 def _finish(config: AdaptConfig, out: Path, inputs: _Inputs, curves: Curves) -> None:
     """The model's files appear with config.json, which makes the folder a model, as the last of them."""
-    with tempfile.TemporaryDirectory(prefix=".model.", dir=out) as staged:
+    with tempfile.TemporaryDirectory(prefix=f".{MODEL}.", dir=out) as staged:
         inputs.model.save_pretrained(staged)
         inputs.tokenizer.save_pretrained(staged)
         for file in sorted(Path(staged).iterdir(), key=lambda path: path.name == "config.json"):
+            if file.is_dir():  # chat templates; of a run that was killed here, and a folder takes no full one's place
+                shutil.rmtree(out / file.name, ignore_errors=True)
             os.replace(file, out / file.name)
     held = curves.held["blocks"]
     metrics = {

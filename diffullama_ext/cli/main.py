@@ -7,9 +7,10 @@ line on stderr, results go to stdout, progress to stderr; ``diffullama --debug .
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -24,6 +25,16 @@ from .policy_option import SamplingCommand
 from .sample import infill, sample
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # of the click that this typer is built on
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit. After a failure in a process group not by the interpreter's end, where a thread of gloo may abort it."""
+    distributed = sys.modules.get("torch.distributed")
+    if code != OK and distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class _Commands(TyperGroup):
@@ -49,7 +60,7 @@ class _Commands(TyperGroup):
             code = self._fail("interrupted", INTERRUPTED)
         except Exception as error:
             code = self._fail(f"{type(error).__name__}: {one_line(error)}", FAILED)
-        sys.exit(code if isinstance(code, int) else OK)
+        _leave(code if isinstance(code, int) else OK)
 
     def _fail(self, message: str, code: int) -> int:
         if self.debug:

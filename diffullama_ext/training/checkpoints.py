@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 
 MANIFEST = "diffullama.json"
 STAGING = ".saving"
+SIGN = ".shared"
 PREFIX = "checkpoint-"
 
 
@@ -54,14 +57,20 @@ def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
     _flush(final.parent)
 
 
-def rotate(output_dir: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest but ``keep`` checkpoints, never ``best``; each loses its name first, so none is ever torn."""
+def clear(output_dir: Path) -> None:
+    """Delete what a killed process left of a checkpoint, or of the sign by which processes see that they share."""
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+    (output_dir / SIGN).unlink(missing_ok=True)
+
+
+def rotate(output_dir: Path, keep: int | None, never: Collection[str]) -> None:
+    """Delete the oldest but ``keep`` checkpoints, none named in ``never``; each loses its name first: none is torn."""
     if keep is None or keep < 1:
         return
     staging = output_dir / STAGING
     staging.mkdir(exist_ok=True)
-    others = [path for path in checkpoints(output_dir) if best is None or path.name != Path(best).name]
-    for path in others[: max(0, len(checkpoints(output_dir)) - keep)]:
+    found = checkpoints(output_dir)
+    for path in [path for path in found if path.name not in never][: max(0, len(found) - keep)]:
         path.rename(staging / path.name)
     shutil.rmtree(staging)
 
@@ -79,6 +88,24 @@ def explaining(final: Path) -> Iterator[None]:
         left = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
         reason = " ".join(str(error).split())
         raise OSError(f"{final.name} could not be saved: {reason}; nothing of it is kept; {left}") from error
+
+
+def check_shared(output_dir: Path, accelerator: Accelerator) -> None:
+    """OSError on every process where one does not see what process 0 writes: its part of checkpoints would lack."""
+    sign = output_dir / SIGN
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        sign.touch()
+    accelerator.wait_for_everyone()
+    seen = torch.tensor(int(sign.exists()), device=accelerator.device)
+    count = int(accelerator.reduce(seen, reduction="sum"))
+    if accelerator.is_main_process:
+        sign.unlink()
+    if count < accelerator.num_processes:
+        raise OSError(
+            f"output_dir must be on a file system that all nodes see, but {accelerator.num_processes - count} of "
+            f"{accelerator.num_processes} processes do not see what process 0 writes in {output_dir}"
+        )
 
 
 def check_checkpoint(folder: Path, run: dict[str, Any]) -> None:

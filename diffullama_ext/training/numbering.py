@@ -5,11 +5,12 @@ The number is the sample's place in the stream of the whole run, epochs included
 the same number for any micro-batch size, accumulation, number of processes, and after a resume.
 """
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 
 class _Sized(Protocol):
@@ -45,6 +46,31 @@ class NumberedSampler(Sampler[tuple[int, int]]):
             order = list(range(self.size))
         for place, index in enumerate(order):
             yield self.epoch * self.size + place, index
+
+
+class EndlessStream(IterableDataset[Mapping[str, Any]]):
+    """An iterable dataset again and again; the dataset is told each epoch before it, in the process that reads.
+
+    Trainer takes all steps of a dataset without a length for one epoch. So batches and steps may span two passes, and
+    a place in the run is one in this stream, which a resumed run reads up to. A pass that gives nothing is an error; in
+    a worker, whose share is empty then, the end.
+    """
+
+    def __init__(self, dataset: Iterable[Mapping[str, Any]]) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for epoch in itertools.count():
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+            samples = iter(self.dataset)
+            first = next(samples, None)
+            if first is None and get_worker_info() is None:
+                raise ValueError(f"an iterable train_dataset must give samples, got none in pass {epoch}")
+            if first is None:
+                return
+            yield first
+            yield from samples
 
 
 class NumberedDataset(Dataset[dict[str, Any]]):

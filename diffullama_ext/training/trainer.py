@@ -27,9 +27,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..integrations import DiffusionConfig
 from ..objective import DiffusionObjective, ObjectiveConfig, ObjectiveOutput
 from ..schedules import AttentionAnnealing
-from .checkpoints import STAGING, check_checkpoint, checkpoints, commit, explaining, rotate
+from .checkpoints import STAGING, check_checkpoint, check_shared, checkpoints, clear, commit, explaining, rotate
 from .collator import DiffusionCollator
-from .numbering import NumberedDataset, NumberedSampler
+from .numbering import EndlessStream, NumberedDataset, NumberedSampler
 
 NOISE_INPUTS = ("maskable", "attention_mask", "document_ids", "sample_index")  # of a batch, besides its tokens
 EVAL_SEED = 2**63 - 1  # of the noise of evaluation; no seed that people give a training run
@@ -56,7 +56,8 @@ class _SkipEmptyStep(TrainerCallback):
     ) -> None:
         """The count of all processes is looked at, which waits for the device, only after an empty micro-batch here."""
         n_empty, count = self.trainer.diffusion_objective.n_empty_batches, self.trainer.step_denominator
-        if n_empty > self.n_known and count is not None and int(count) == 0:
+        is_of_all = args.average_tokens_across_devices or args.world_size == 1
+        if n_empty > self.n_known and is_of_all and count is not None and int(count) == 0:
             cast(nn.Module, self.trainer.model).zero_grad(set_to_none=True)
         self.n_known = n_empty
 
@@ -88,7 +89,8 @@ class DiffusionTrainer(Trainer):
       config's normaliser, over the whole set, and ``eval_masked_nll``, the plain mean over masked tokens. (On several
       processes accelerate fills an uneven last batch with the first samples again, in training and evaluation alike.)
     - Examples hold ``input_ids`` and optionally ``attention_mask`` and ``maskable``: see :class:`DiffusionCollator`. An
-      iterable dataset (no length) must number its samples itself, under ``sample_index``.
+      iterable dataset (no length) must number its samples itself, under ``sample_index``; it is read again and again,
+      with its own ``set_epoch`` where it has one, and steps span its ends.
 
     Args:
         model: adapted and prepared; peft may wrap it.
@@ -130,6 +132,8 @@ class DiffusionTrainer(Trainer):
             raise ValueError("push_to_hub must be False under FSDP, got True; push the model that is saved at the end")
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = _numbered(kwargs.get(name))
+        if kwargs["train_dataset"] is not None and not hasattr(kwargs["train_dataset"], "__len__"):
+            kwargs["train_dataset"] = EndlessStream(kwargs["train_dataset"])
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = DiffusionCollator(
                 getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0
@@ -181,6 +185,12 @@ class DiffusionTrainer(Trainer):
     def _noise(self, inputs: dict[str, Tensor], seed: int) -> dict[str, Any]:
         """Of what the objective's draw of a batch depends on, everything but x0."""
         return {"seed": seed, "step": self.state.global_step} | {name: inputs.get(name) for name in NOISE_INPUTS}
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Of Trainer; nothing where all steps are made: it would make one more after the last step's checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         """The denominator of one optimiser step, over its micro-batches and all processes."""
@@ -270,24 +280,6 @@ class DiffusionTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         return None
 
-    def _check_folder_is_shared(self) -> None:
-        """OSError on every process where one does not see what process 0 writes: its part of checkpoints would lack."""
-        out = Path(self.args.output_dir or "")
-        sign = out / ".shared"
-        if self.is_world_process_zero():
-            out.mkdir(parents=True, exist_ok=True)
-            sign.touch()
-        self.accelerator.wait_for_everyone()
-        seen = torch.tensor(int(sign.exists()), device=self.args.device)
-        count = int(self.accelerator.reduce(seen, reduction="sum"))
-        if self.is_world_process_zero():
-            sign.unlink()
-        if count < self.args.world_size:
-            raise OSError(
-                f"output_dir must be on a file system that all nodes see, but {self.args.world_size - count} of "
-                f"{self.args.world_size} processes do not see what process 0 writes in {out}"
-            )
-
     def run_identity(self) -> dict[str, Any]:
         """What a run may not change when it resumes, for JSON; processes and micro-batches it may."""
         args, dataset = self.args, cast(Any, self.train_dataset)
@@ -298,6 +290,7 @@ class DiffusionTrainer(Trainer):
             for name in ("input_ids", "maskable", "attention_mask", "document_ids"):
                 if row.get(name) is not None:
                     digest = zlib.crc32(torch.as_tensor(row[name]).long().numpy().tobytes(), digest)
+        micro_batch = args.train_batch_size * args.world_size
         return {
             "objective": asdict(self.diffusion_objective.config),
             "anneal_steps": self.annealing.anneal_steps,
@@ -306,21 +299,31 @@ class DiffusionTrainer(Trainer):
             "order": getattr(args, "train_sampling_strategy", "random"),
             "samples": size,
             "digest of some samples": digest,
-            "samples a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "samples a step": micro_batch * args.gradient_accumulation_steps,
+            **({"drop_last of micro-batches of": micro_batch} if args.dataloader_drop_last else {}),
         }
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Of Trainer; ValueError for a checkpoint that is torn or of another run. True takes the last one."""
+        out = Path(self.args.output_dir or "")
+        if self.is_world_process_zero():
+            clear(out)
         if self.args.world_size > 1:
-            self._check_folder_is_shared()
+            check_shared(out, self.accelerator)
         if resume_from_checkpoint is True:
-            found = checkpoints(self.args.output_dir or "")
+            found = checkpoints(out)
             if not found:
                 raise FileNotFoundError(f"no checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found[-1])
         if resume_from_checkpoint:
             check_checkpoint(Path(resume_from_checkpoint), self.run_identity())
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.state.global_step == 0 < self.state.max_steps:
+            n = self.args.train_batch_size * self.args.world_size
+            raise ValueError(f"train_dataset gave no batch: it is empty, or drop_last leaves out less than {n} samples")
+        if resume_from_checkpoint and self.is_world_process_zero():
+            self._rotate(out)  # which the killed process may not have come to
+        return output
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -339,14 +342,25 @@ class DiffusionTrainer(Trainer):
             finally:
                 self._staging = None
             self.accelerator.wait_for_everyone()
-            best = self.state.best_global_step
-            self.state.best_model_checkpoint = str(out / f"checkpoint-{best}") if best else None
+            if self.state.best_model_checkpoint == str(staging / name):
+                self.state.best_model_checkpoint = str(out / name)
             if main:
-                self.state.save_to_json(str(staging / name / "trainer_state.json"))  # it had the best one's hidden name
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))  # it had its own hidden name
                 commit(staging / name, out / name, self.run_identity())
                 shutil.rmtree(staging)
-                rotate(out, self.args.save_total_limit, self.state.best_model_checkpoint)
+                self._rotate(out)
             self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(out / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Of Trainer, which uploads in the background; so not before the checkpoint has its name."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _rotate(self, out: Path) -> None:
+        best = Path(self.state.best_model_checkpoint or "").name
+        rotate(out, self.args.save_total_limit, {f"checkpoint-{self.state.global_step}", best})
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -155,6 +155,21 @@ def test_a_full_disk_at_the_end_leaves_no_half_model(run, models, text_file, tmp
     assert all(torch.equal(p, q) for p, q in zip(cut.parameters(), whole.parameters(), strict=True))
 
 
+def test_a_run_killed_after_its_model_was_saved_goes_on(run, models, text_file, tmp_path):
+    """The tokenizer has a folder among its files: chat templates but the default one."""
+    AutoModelForCausalLM.from_pretrained(models / "gpt2").save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(models / "gpt2")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    for _ in range(2):
+        result = run("adapt", "--model", tmp_path / "model", "--data", text_file, *QUICK, "--out", out)
+        assert result.exit_code == 0, result.output
+        (out / "metrics.json").unlink()  # as a process that is killed before it writes it
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    assert not list(out.glob(".*"))
+
+
 def test_a_folder_with_something_in_it_is_left_alone(fails, models, text_file, tmp_path):
     arguments = ("--model", models / "gpt2", "--data", text_file, "--out", tmp_path)
     fails(2, ("is not empty",), "adapt", *arguments, *QUICK)

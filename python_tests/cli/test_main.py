@@ -125,3 +125,23 @@ def test_what_the_library_says_of_arguments_is_the_users_matter(error):
 def test_failures_of_the_run_are_not():
     with pytest.raises(RuntimeError), checking_input():
         raise RuntimeError("no more memory")
+
+
+# In a process group of its own; what the interpreter does at its end is printed.
+IN_A_GROUP = """
+import atexit, sys, torch
+from diffullama_ext.cli.main import main
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv.pop(1)}", rank=0, world_size=1)
+atexit.register(print, "the interpreter ends")
+main()
+"""
+
+
+def test_a_failure_in_a_process_group_leaves_at_once(tmp_path):
+    """At the interpreter's end a thread of gloo may abort the process, and its exit code is lost."""
+    for arguments, code, text in ((["--version"], 0, "the interpreter ends"), (["adapt", "--out", "x"], 2, "")):
+        command = [sys.executable, "-W", "ignore", "-c", IN_A_GROUP, str(tmp_path / str(code)), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
+        assert done.stdout.splitlines()[-1:] == ([text] if text else [])
+        assert ("--model must be given" in done.stderr) == (code != 0)

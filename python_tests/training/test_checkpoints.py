@@ -18,8 +18,10 @@ import torch
 from processes import run_processes
 from test_trainer import adapted, curve, examples, resumes_on_cpus, run_in_processes, trained, weights
 from tiny_models import MASK_ID
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from diffullama_ext.objective import ObjectiveConfig
+from diffullama_ext.training import DiffusionTrainer
 from diffullama_ext.training.checkpoints import MANIFEST, STAGING, checkpoints
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 9, "save_total_limit": 2}
@@ -68,6 +70,16 @@ def test_kill_9_changes_nothing(tmp_path: Path, when: str) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-8", "checkpoint-9"]
 
 
+def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+    """Killed as it had given the last checkpoint its name, or while processes looked whether they share the folder."""
+    trained(tmp_path, **SAVING)
+    shutil.copytree(tmp_path / "checkpoint-8", tmp_path / "checkpoint-6")
+    shutil.copytree(tmp_path / "checkpoint-8", tmp_path / STAGING / "checkpoint-4")
+    (tmp_path / ".shared").touch()
+    trained(tmp_path, resume=True, **SAVING)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-8", "checkpoint-9"]
+
+
 @pytest.mark.slow
 @resumes_on_cpus
 def test_kill_9_of_the_main_one_of_two_processes(tmp_path: Path) -> None:
@@ -83,6 +95,23 @@ def test_kill_9_of_the_main_one_of_two_processes(tmp_path: Path) -> None:
     assert len(whole[0]) == 9
     assert resumed[0] == whole[0]
     assert all(torch.equal(a, b) for a, b in zip(resumed[1], whole[1], strict=True))
+
+
+@pytest.mark.parametrize(
+    "length",
+    [{"max_steps": 9}, {"max_steps": 10}, {"max_steps": -1, "num_train_epochs": 1.7}],
+    ids=["in an epoch", "an epoch's end", "epochs"],
+)
+def test_a_run_that_has_all_its_steps_makes_no_other(tmp_path: Path, length: dict) -> None:
+    """Killed after its last checkpoint, and started again."""
+    changed = SAVING | length | {"lr_scheduler_type": "constant"}
+    whole = trained(tmp_path, **changed)
+    left = checkpoints(tmp_path)
+    resumed = trained(tmp_path, resume=True, **changed)
+    assert resumed.state.global_step == whole.state.global_step
+    assert curve(resumed) == curve(whole)
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(whole), strict=True))
+    assert checkpoints(tmp_path) == left
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------
@@ -170,6 +199,18 @@ def test_another_runs_checkpoint_is_refused(run: Path, changed: dict, message: s
         trained(run, resume=True, **SAVING | changed)
 
 
+def test_a_remainder_that_is_dropped_belongs_to_the_run(tmp_path: Path) -> None:
+    """18 samples make 4 steps of 4 an epoch, or 5 of 2 times 2."""
+    changed = SAVING | {"dataloader_drop_last": True}
+    trained(tmp_path, **changed | {"max_steps": 4})
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    with pytest.raises(ValueError, match="drop_last of micro-batches of was 4, is 2"):
+        trained(tmp_path, resume=True, **changed | split)
+    with pytest.raises(ValueError, match="drop_last of micro-batches of was 4, is None"):
+        trained(tmp_path, resume=True, **SAVING)
+    assert len(curve(trained(tmp_path, resume=True, **changed))) == 9
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         trained(tmp_path, resume=True)
@@ -177,13 +218,54 @@ def test_no_checkpoint(tmp_path: Path) -> None:
         trained(tmp_path, resume=str(tmp_path / "checkpoint-3"))
 
 
-def test_the_best_checkpoint_survives_rotation(tmp_path: Path) -> None:
-    changed = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
-    changed |= {"metric_for_best_model": "eval_loss", "learning_rate": 0.3, "max_steps": 8}
-    trainer = trained(tmp_path, **SAVING | changed)
-    best = Path(trainer.state.best_model_checkpoint)
-    losses = curve(trainer, "eval_loss")
-    assert best.name == f"checkpoint-{2 * (losses.index(min(losses)) + 1)}"
-    assert best in checkpoints(tmp_path)
-    state = json.loads((checkpoints(tmp_path)[-1] / "trainer_state.json").read_text())
-    assert STAGING not in str(state["best_model_checkpoint"])
+def test_a_checkpoint_is_pushed_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upload reads its files while training goes on."""
+    pushed = []
+
+    def push(self: Trainer, folder: str) -> None:
+        pushed.append((folder, (Path(folder) / MANIFEST).is_file(), (tmp_path / STAGING).exists()))
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
+    trained(tmp_path, push_to_hub=True, **SAVING | {"max_steps": 4})
+    assert pushed == [(str(tmp_path / f"checkpoint-{step}"), True, False) for step in (2, 4)]
+
+
+BEST = {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+
+
+def evaluating_to(losses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, given = DiffusionTrainer.evaluation_loop, iter(losses)
+
+    def evaluation_loop(self: DiffusionTrainer, *arguments: Any, **options: Any) -> Any:
+        output = loop(self, *arguments, **options)
+        return output._replace(metrics=output.metrics | {"eval_loss": next(given)})
+
+    monkeypatch.setattr(DiffusionTrainer, "evaluation_loop", evaluation_loop)
+
+
+def test_rotation_keeps_the_best_checkpoint_and_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluating_to([2.0, 1.0, 4.0, 3.0], monkeypatch)
+    kept = []
+
+    class Kept(TrainerCallback):
+        def on_save(self, *_: Any, **__: Any) -> None:
+            kept.append([path.name for path in checkpoints(tmp_path)])
+
+    changed = {"eval_steps": 2, "save_total_limit": 1, "max_steps": 8}
+    trainer = trained(tmp_path, callbacks=[Kept()], **SAVING | BEST | changed)
+    assert kept == [["checkpoint-2"], ["checkpoint-4"], ["checkpoint-4", "checkpoint-6"],
+                    ["checkpoint-4", "checkpoint-8"]]  # fmt: skip
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-4")
+
+
+def test_the_best_step_that_was_saved_is_loaded_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 4 is better than step 3, but has no checkpoint."""
+    evaluating_to([5.0, 5.0, 3.0, 1.0, 2.0, 4.0], monkeypatch)
+    changed = {"eval_steps": 1, "save_steps": 3, "max_steps": 6}
+    trainer = trained(tmp_path, **SAVING | BEST | changed)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+    assert all(torch.equal(a, b) for a, b in zip(best.parameters(), weights(trainer), strict=True))

@@ -48,6 +48,21 @@ def test_two_nodes_are_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_fails_on_one_node_ends_all(tmp_path: Path) -> None:
+    """Before the processes meet, where the others would wait for half an hour."""
+    demo_model(tmp_path)
+    (tmp_path / "of node 1").mkdir()
+    (tmp_path / "of node 1" / "something").touch()
+    (code, first), (other_code, second) = launch_nodes(tmp_path, ["of node 0", "of node 1"])
+    message = "of node 1 is not empty; give another --out"
+    assert code > 0, first
+    assert other_code > 0, second
+    assert f"diffullama: 1 of 2 processes failed; process 1: {message}" in first
+    assert f"diffullama: {message}" in second
+    assert not (tmp_path / "of node 0").exists()
+
+
+@pytest.mark.slow
 def test_a_folder_that_a_node_does_not_see(tmp_path: Path) -> None:
     demo_model(tmp_path)
     for code, log in launch_nodes(tmp_path, ["of node 0", "of node 1"]):

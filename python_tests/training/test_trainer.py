@@ -58,7 +58,8 @@ def arguments(path: Path, **changed: Any) -> TrainingArguments:
 def trained(
     path: Path, model: PreTrainedModel | None = None, resume: str | None = None, **changed: Any
 ) -> DiffusionTrainer:
-    own = {name: changed.pop(name) for name in ("objective", "eval_seed", "anneal_steps") if name in changed}
+    names = ("objective", "eval_seed", "anneal_steps", "callbacks")
+    own = {name: changed.pop(name) for name in names if name in changed}
     data = changed.pop("train_dataset", None) or examples()
     trainer = DiffusionTrainer(
         model or adapted(), arguments(path, **changed), train_dataset=data, eval_dataset=examples()[:7], **own
@@ -196,6 +197,23 @@ def test_a_step_with_nothing_to_score_moves_no_weight(normalizer: str, tmp_path:
     moved = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(snapshots)]
     assert moved == [False, True, False, True]
     assert trainer.diffusion_objective.n_empty_batches == 2
+
+
+@pytest.mark.slow
+def test_processes_stay_together_where_one_has_nothing_to_score(tmp_path: Path) -> None:
+    """Each process with a denominator of its own; the first one has prompts alone."""
+    code = f"""
+import torch
+from test_trainer import adapted, trained, weights
+data = [{{"input_ids": [9, 10, 11, 12], "maskable": [i % 2] * 4}} for i in range(8)]
+options = {{"average_tokens_across_devices": False, "train_sampling_strategy": "sequential", "max_steps": 3}}
+trainer = trained({str(tmp_path)!r}, train_dataset=data, per_device_train_batch_size=1, **options)
+torch.save(weights(trainer), {str(tmp_path)!r} + f"/{{trainer.args.process_index}}.pt")
+"""
+    run_processes(code, 2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, adapted().parameters(), strict=True))
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
