@@ -11,6 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def flush(path: Path) -> None:
+    """To the disk: a power failure may not leave a name without its contents."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def unfinished(out: Path, *names: str) -> list[Path]:
     """What a killed process left in ``out`` of writing ``names``: ``.NAME.`` and an end of its own."""
     return [path for name in names for path in out.glob(f".{name}.*")]
@@ -31,6 +40,8 @@ def written_at_once(out: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        for path in (*new.rglob("*"), new):
+            flush(path)
         if out.exists():
             out.rename(old)
         try:
@@ -48,6 +59,7 @@ def write_file_at_once(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")  # one file system: replacing is atomic
     try:
         beside.write_text(text, encoding="utf-8")
+        flush(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from diffullama_ext import output_folder
 from diffullama_ext.output_folder import write_file_at_once, written_at_once
 
 
@@ -82,3 +83,16 @@ def test_a_failure_leaves_the_file_that_was_there(tmp_path, monkeypatch, failing
         write_file_at_once(path, "new")
     assert path.read_text() == "kept"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_contents_are_on_the_disk_before_names(tmp_path, monkeypatch):
+    """What fails in a power failure: a name that is kept of contents that are not."""
+    flushed = []
+    monkeypatch.setattr(output_folder, "flush", lambda path: flushed.append((path.name, (tmp_path / "run").exists())))
+    with written_at_once(tmp_path / "run") as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "file").touch()
+    assert sorted(flushed) == [("file", False), ("new", False), ("part", False)]
+    flushed.clear()
+    write_file_at_once(tmp_path / "notes.txt", "text")
+    assert len(flushed) == 1

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..output_folder import is_free, unfinished, write_file_at_once
+from ..output_folder import flush, is_free, unfinished, write_file_at_once
 from .adapt_curves import Curves, heldout_batch
 from .console import Report, pick_device, quiet_libraries, reporting
 from .errors import BadInput, checking_input, one_line
@@ -168,6 +168,8 @@ def _finish(config: AdaptConfig, out: Path, inputs: _Inputs, curves: Curves) -> 
     with tempfile.TemporaryDirectory(prefix=f".{MODEL}.", dir=out) as staged:
         inputs.model.save_pretrained(staged)
         inputs.tokenizer.save_pretrained(staged)
+        for file in Path(staged).rglob("*"):
+            flush(file)
         for file in sorted(Path(staged).iterdir(), key=lambda path: path.name == "config.json"):
             if file.is_dir():  # chat templates; of a run that was killed here, and a folder takes no full one's place
                 shutil.rmtree(out / file.name, ignore_errors=True)

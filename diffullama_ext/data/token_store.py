@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -90,22 +89,13 @@ def write_store(folder: Path, texts: Iterable[str], tokenizer: PreTrainedTokeniz
                 n_tokens += len(ids)
                 if ends_here:
                     ends.append(n_tokens)
-            _flush(file)
         if not ends:
             raise ValueError("there is no text to tokenise")
         with open(new / "ends.bin", "wb") as file:
             file.write(np.asarray(ends, dtype="<i8").tobytes())
-            _flush(file)
         about = {"version": VERSION, "dtype": dtype.str, "n_tokens": n_tokens, "n_documents": len(ends)}
         with open(new / "store.json", "w", encoding="utf-8") as file:
             json.dump(about, file)
-            _flush(file)
-
-
-def _flush(file: Any) -> None:
-    """To the disk, before the folder is renamed into place."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def open_store(folder: str | Path) -> TokenStore:

@@ -8,7 +8,6 @@ closes it; all is flushed to the disk; one rename gives it its name. A killed pr
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+
+from ..output_folder import flush
 
 MANIFEST = "diffullama.json"
 STAGING = ".saving"
@@ -36,25 +37,16 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files if path.name != MANIFEST}
 
 
-def _flush(path: Path) -> None:
-    """To the disk: a power failure may not leave a name without its contents."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
     """Close the checkpoint ``staged`` with its manifest and move it to ``final``, replacing what is there."""
     manifest = {"run": run, "files": _sizes(staged)}
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for path in (*staged.rglob("*"), staged):
-        _flush(path)
+        flush(path)
     if final.exists():
         final.rename(staged.with_name("replaced"))
     staged.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def clear(output_dir: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffullama_ext import output_folder
 from diffullama_ext.data import (
     BlockLayout,
     DataSource,
@@ -152,10 +153,10 @@ def test_wide_vocabularies_are_kept(tmp_path, tokenizer):
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path, tokenizer, monkeypatch):
-    def full(file):
+    def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(token_store, "_flush", full)
+    monkeypatch.setattr(output_folder, "flush", full)
     cache = tmp_path / "cache"
     with pytest.raises(OSError, match="No space left on device"):
         load_blocks([DataSource(folder)], tokenizer, 5, cache_dir=cache)
