@@ -121,6 +121,14 @@ def _check_prompts(prompt_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return real
 
 
+def _start(model: Any, shift: bool, start_id: int | None) -> Tensor:
+    """[1, 1] the token that a shifted model starts from; [1, 0] where there is none."""
+    if not shift:
+        return torch.empty(1, 0, dtype=torch.int64)
+    first = start_token(model.config, model.generation_config) if start_id is None else start_id
+    return torch.full((1, 0 if first is None else 1), first or 0)
+
+
 def _check_ids(prompt_ids: Tensor, vocab_size: int | None) -> None:
     """Every id has an embedding, a padding's too: a device would fail without a word of which."""
     outside = prompt_ids[(prompt_ids < 0) | (prompt_ids >= (vocab_size or 2**63 - 1))]
@@ -194,13 +202,12 @@ def generate(
         if length % block_length:
             raise ValueError(f"block_length must divide length {length}, got {block_length}")
     device = next(model.parameters()).device
-    first = None
+    n_start = 0  # tokens before the text
     if prompt_ids is None:
         if attention_mask is not None:
             raise ValueError("attention_mask must be None without prompt_ids")
-        if shift:
-            first = start_token(model.config, model.generation_config) if start_id is None else start_id
-        prompt_ids = torch.full((1, 0 if first is None else 1), first or 0, device=device)
+        prompt_ids = _start(model, shift, start_id).to(device)
+        n_start = prompt_ids.shape[1]
         real = torch.ones_like(prompt_ids, dtype=torch.bool)
     else:
         real = _check_prompts(prompt_ids, attention_mask)
@@ -245,4 +252,4 @@ def generate(
     sequences = torch.empty_like(ids).scatter_(1, order, filled.xt)
     completion = count_completion(sequences[:, -length:], eos_id)
     drift = None if cached is None else cached.drift()
-    return SampleOutput(sequences if first is None else sequences[:, 1:], filled.nfe, completion, drift, record)
+    return SampleOutput(sequences[:, n_start:], filled.nfe, completion, drift, record)
