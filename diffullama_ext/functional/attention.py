@@ -30,7 +30,7 @@ def attention(
     Args:
         q: [B, H, Lq, D]; k, v: [B, Hkv, Lk, D] of one float dtype, H a multiple of Hkv; any strides.
         mask: for (Lq, Lk), of 1 or B masks; None means full.
-        scale: of the scores, at least 0; None means 1/sqrt(D).
+        scale: of the scores; None means 1/sqrt(D).
         key_padding: [B, Lk] bool, True for real keys.
         return_lse: also return the logsumexp of the scores [B, H, Lq] (-inf where nothing is allowed; no gradient).
         deterministic: on CUDA, whether the gradient of q is summed in one order, so that repeated runs agree bitwise;
@@ -67,7 +67,7 @@ def attention(
         check_tensor("key_padding", key_padding, torch.bool, (batch, k_length), q.device)
     if scale is None:
         scale = 1.0 / math.sqrt(width)
-    check_range("scale", scale, 0.0, sys.float_info.max)
+    check_range("scale", scale, -sys.float_info.max, sys.float_info.max)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     kind = "full" if mask is None else mask.kind

@@ -274,8 +274,8 @@ F32 = torch.float32
     ("key_padding", zeros(torch.bool, 2, 5), ValueError, r"^key_padding must be bool\[2, 6\], got bool\[2, 5\]"),
     ("key_padding", zeros(torch.int64, 2, 6), TypeError, r"^key_padding must be bool\[2, 6\], got int64"),
     ("key_padding", elsewhere(torch.bool, 2, 6), ValueError, r"^key_padding must be on"),
-    ("scale", lambda d: -0.5, ValueError, r"^scale must be in \[0, .*\], got -0.5"),
-    ("scale", lambda d: float("nan"), ValueError, r"^scale must be in \[0, .*\], got nan"),
+    ("scale", lambda d: float("inf"), ValueError, r"^scale must be in \[-1.7.*\], got inf"),
+    ("scale", lambda d: float("nan"), ValueError, r"^scale must be in \[-1.7.*\], got nan"),
     ("scale", lambda d: "x", TypeError, r"^scale must be a number, got 'x'"),
     ("impl", lambda d: "sdpa", ValueError, r"^impl must be 'auto', 'ext' or 'reference', got 'sdpa'"),
 )
