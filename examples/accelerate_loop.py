@@ -37,6 +37,7 @@ def main(steps: int = 40, batch: int = 16, anneal_steps: int = 10) -> list[float
         optimizer.step()
         sums = accelerator.reduce(torch.stack([out.stats.nll_sum.detach(), out.stats.n_scored.float()]))
         losses.append((sums[0] / sums[1]).item())
+    model, optimizer = accelerator.free_memory(model, optimizer)  # before the process group: docs/training.md
     accelerator.end_training()
     return losses
 

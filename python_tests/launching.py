@@ -21,10 +21,12 @@ SETTINGS = ["--model", "model", "--data", "text.txt", "--steps", "6", "--length"
 SETTINGS += ["--learning-rate", "0.01", "--device", "cpu"]
 
 # accelerate shards on accelerators only; from here on its FSDP2 is its own, over gloo. Then a process that dies. A run
-# that ends well leaves no thread of the process group: one that outlives the interpreter may abort the process. Under
-# FSDP2 and DeepSpeed caches of their own keep the group, so there the interpreter is not taken down.
+# that ends well leaves no thread of the process group: one that outlives the interpreter may abort the process. Nor may
+# DDP's wrapper be the last to hold the group: it waits for the threads while they wait for the GIL. Under FSDP2 and
+# DeepSpeed caches of their own keep the group, so there the interpreter is not taken down.
 PROGRAM = """
-import os, pathlib, signal, sys
+import gc, os, pathlib, signal, sys
+import torch
 import accelerate.state as state
 from accelerate.utils import DistributedType
 init = state.AcceleratorState.__init__
@@ -40,6 +42,11 @@ def compute_loss(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return compute(self, *args, **kwargs)
 DiffusionTrainer.compute_loss = compute_loss
+destroy = torch.distributed.destroy_process_group
+def destroy_process_group():
+    assert not any(type(o) is torch.nn.parallel.DistributedDataParallel for o in gc.get_objects())
+    destroy()
+torch.distributed.destroy_process_group = destroy_process_group
 from diffullama_ext.cli.main import main
 try:
     main()

@@ -43,15 +43,41 @@ class _Inputs(NamedTuple):
     anneal_steps: int
 
 
+class _Trained(NamedTuple):
+    """What process 0 scores and saves."""
+
+    inputs: _Inputs  # its model trained, merged of LoRA, in one piece
+    curves: Curves
+    has_curves: bool
+
+
 def run_adaptation(config: AdaptConfig, out: Path, processes: int = 1) -> None:
     """Train, score and save; errors as of the command line."""
-    _adapt(config, out, processes)
-    # The process group ends with the last reference to it, all of _adapt's. A thread of gloo that outlives the
-    # interpreter aborts the process where it lets go of a tensor that Python has seen: the run would count as failed.
-    gc.collect()
+    with reporting() as report:
+        trained = _train(config, out, processes, report)
+        _end_process_group()  # what follows is for process 0 alone, however long it takes
+        if trained is None:
+            return
+        if trained.has_curves:
+            trained.curves.score(trained.inputs.model, config.steps)
+    _finish(config, out, trained)
 
 
-def _adapt(config: AdaptConfig, out: Path, processes: int) -> None:
+def _end_process_group() -> None:
+    """Threads of gloo end with the group, which ends with its last reference, to be this one.
+
+    A thread frees what Python has seen of a collective, for which it waits for the GIL; the group waits for its
+    threads. DDP's wrapper, were it the last, would keep the GIL meanwhile; the interpreter's end is too late.
+    """
+    import torch
+
+    gc.collect()  # the trainer, with DDP's wrapper
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _train(config: AdaptConfig, out: Path, processes: int, report: Report) -> _Trained | None:
+    """All that processes do together; None where another process scores and saves."""
     import torch
 
     from ..integrations import add_lora
@@ -82,22 +108,17 @@ def _adapt(config: AdaptConfig, out: Path, processes: int) -> None:
         _start(config, out)
     # A model in parts cannot be scored by one process, nor have its adapter merged.
     in_parts = trainer.is_sharded
-    scores = arguments.process_index == 0 and not in_parts
-    with reporting() as report:
-        curves = Curves(out / CURVES, inputs.held, config.objective.get("block_length"), config.batch_size, report)
-        trainer.add_callback(_progress(config, loaded, trainer, None if in_parts else curves, report))
-        if scores and not checkpoints(out):
-            curves.score(loaded, 0)
-        trainer.train(resume_from_checkpoint=bool(checkpoints(out)))
-        if in_parts:
-            model = trainer.whole_model()
-        trainer.accelerator.end_training()  # what follows is for process 0 alone, however long it takes
-        if arguments.process_index != 0:
-            return
-        loaded = model.merge_and_unload() if config.lora_rank else model
-        if scores:
-            curves.score(loaded, config.steps)
-    _finish(config, out, inputs._replace(model=loaded), curves)
+    curves = Curves(out / CURVES, inputs.held, config.objective.get("block_length"), config.batch_size, report)
+    trainer.add_callback(_progress(config, loaded, trainer, None if in_parts else curves, report))
+    if arguments.process_index == 0 and not in_parts and not checkpoints(out):
+        curves.score(loaded, 0)
+    trainer.train(resume_from_checkpoint=bool(checkpoints(out)))
+    if in_parts:
+        model = trainer.whole_model()
+    if arguments.process_index != 0:
+        return None
+    loaded = model.merge_and_unload() if config.lora_rank else model
+    return _Trained(inputs._replace(model=loaded), curves, has_curves=not in_parts)
 
 
 def _of_all(result: _Inputs | Exception, processes: int) -> _Inputs:
@@ -163,8 +184,9 @@ def _start(config: AdaptConfig, out: Path) -> None:
     write_file_at_once(out / ENVIRONMENT, json.dumps(versions, indent=2) + "\n")
 
 
-def _finish(config: AdaptConfig, out: Path, inputs: _Inputs, curves: Curves) -> None:
+def _finish(config: AdaptConfig, out: Path, trained: _Trained) -> None:
     """The model's files appear with config.json, which makes the folder a model, as the last of them."""
+    inputs, curves = trained.inputs, trained.curves
     with tempfile.TemporaryDirectory(prefix=f".{MODEL}.", dir=out) as staged:
         inputs.model.save_pretrained(staged)
         inputs.tokenizer.save_pretrained(staged)
