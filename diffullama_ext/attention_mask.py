@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops, reference
 from ._library import use_kernel
-from .checks import as_scalar_tensor, check_range, check_tensor
+from .checks import as_scalar_tensor, check_int, check_range, check_tensor
 
 
 def _backend(op: str, device: torch.device) -> ModuleType:
@@ -48,7 +48,7 @@ class AttentionMask:
     @classmethod
     def causal(cls, length: int, *, device: torch.device | str | None = None) -> AttentionMask:
         """Key k is allowed for query q where k <= q."""
-        check_range("length", length, 0, 2**31 - 1)
+        check_int("length", length, 0, 2**31 - 1)
         return cls("causal", length, length, device=device)
 
     @classmethod
@@ -57,8 +57,8 @@ class AttentionMask:
     ) -> AttentionMask:
         """Every key is allowed."""
         k_length = q_length if k_length is None else k_length
-        check_range("q_length", q_length, 0, 2**31 - 1)
-        check_range("k_length", k_length, 0, 2**31 - 1)
+        check_int("q_length", q_length, 0, 2**31 - 1)
+        check_int("k_length", k_length, 0, 2**31 - 1)
         return cls("full", q_length, k_length, device=device)
 
     @classmethod
@@ -83,7 +83,7 @@ class AttentionMask:
 
         Source: Gong et al., "Scaling Diffusion Language Models via Adaptation from Autoregressive Models" (ICLR 2025).
         """
-        check_range("length", length, 0, 2**31 - 1)
+        check_int("length", length, 0, 2**31 - 1)
         if isinstance(attn_mask_ratio, Tensor):
             device = attn_mask_ratio.device
         else:
@@ -195,8 +195,8 @@ class AttentionMask:
 
         0: nothing is allowed, 1: everything is, 2: some of it. Tiles at the ends count their real entries only.
         """
-        check_range("rows", rows, 1, 2**31 - 1)
-        check_range("cols", cols, 1, 2**31 - 1)
+        check_int("rows", rows, 1, 2**31 - 1)
+        check_int("cols", cols, 1, 2**31 - 1)
         if (rows, cols) not in self._derived:
             backend = _backend("mask_tile_classes", self.device)
             self._derived[rows, cols] = backend.mask_tile_classes(self.words, self.k_length, rows, cols)

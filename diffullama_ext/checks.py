@@ -2,6 +2,7 @@
 """Argument checks of the public functions: one message form, "<name> must be <needed>, got <given>"."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -60,10 +61,10 @@ def check_range(
 
 
 def check_int(name: str, value: object, low: int, high: int) -> None:
-    """A Python int (no bool, no float) inside [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """A Python int (no bool, no float; a traced one is one) inside [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    check_range(name, value, low, high)
+    check_range(name, cast(float, value), low, high)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

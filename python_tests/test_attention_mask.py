@@ -110,6 +110,7 @@ def _ids(*shape: int) -> torch.Tensor:
 
 REJECTED: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: AttentionMask.causal(-1), ValueError, r"^length must be in \[0, .*\], got -1"),
+    (lambda: AttentionMask.annealed(cast(int, 6.0), 0.5, seed=0), TypeError, r"^length must be an int, got 6.0"),
     (lambda: AttentionMask.full(-1), ValueError, r"^q_length must be in \[0, .*\], got -1"),
     (lambda: AttentionMask.full(4, -2), ValueError, r"^k_length must be in \[0, .*\], got -2"),
     (lambda: AttentionMask.annealed(4, 1.5, seed=0), ValueError, r"^attn_mask_ratio must be in \[0, 1\], got 1.5"),
@@ -148,3 +149,17 @@ REJECTED: list[tuple[Callable[[], object], type[Exception], str]] = [
 def test_rejects_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_lengths_may_be_traced() -> None:
+    def n_allowed(x: Tensor) -> Tensor:
+        length = x.shape[0]
+        return (
+            AttentionMask.annealed(length, 0.5, seed=1, step=2).to_dense().sum()
+            + AttentionMask.full(length).words.sum()
+        )
+
+    compiled = torch.compile(n_allowed, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (5, 9, 40):
+        x = torch.zeros(length)
+        assert torch.equal(compiled(x), n_allowed(x))

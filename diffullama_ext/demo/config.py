@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..checks import check_choice, check_range
+from ..checks import check_choice, check_int
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         for name in ("length", "layers", "width", "heads", "batch_size", "ar_steps", "diffusion_steps", "samples"):
-            check_range(name, getattr(self, name), 1, 2**31 - 1)
+            check_int(name, getattr(self, name), 1, 2**31 - 1)
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
         if self.anneal_steps > self.diffusion_steps:

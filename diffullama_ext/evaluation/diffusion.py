@@ -43,8 +43,8 @@ class EvaluationConfig:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        check_range("draws", self.draws, 1, 2**31 - 1)
-        check_range("batch_size", self.batch_size, 1, 2**31 - 1)
+        check_int("draws", self.draws, 1, 2**31 - 1)
+        check_int("batch_size", self.batch_size, 1, 2**31 - 1)
         check_range("t_min", self.t_min, 0.0, 1.0, low_open=True)
         for t in self.times:
             check_range("times", t, 0.0, 1.0, low_open=True)

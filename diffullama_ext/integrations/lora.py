@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..checks import check_range
+from ..checks import check_int
 from .transformers import DiffusionConfig
 
 
@@ -26,7 +26,7 @@ def add_lora(model: PreTrainedModel, *, rank: int, alpha: int | None = None, dro
     """
     from peft import LoraConfig, get_peft_model
 
-    check_range("rank", rank, 1, 2**31 - 1)
+    check_int("rank", rank, 1, 2**31 - 1)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,

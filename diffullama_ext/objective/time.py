@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, arange, int64, where
 
-from ..checks import check_int, check_range, check_tensor
+from ..checks import check_int, check_tensor
 from ..functional.random import seed_tensor
 from ..reference.philox import MASK32, TAG_TIME, philox
 
@@ -18,7 +18,7 @@ def check_time(t_min: float, t_max: float, strata: int, antithetic: bool) -> Non
         raise ValueError(f"t_min must be in [0, 1), got {t_min!r}")
     if not t_min < t_max <= 1.0:
         raise ValueError(f"t_max must be in (t_min, 1], got {t_max!r} with t_min {t_min!r}")
-    check_range("strata", strata, 0, 2**31 - 1)
+    check_int("strata", strata, 0, 2**31 - 1)
     if strata and antithetic:
         raise ValueError(f"antithetic and strata={strata} exclude each other: 2 strata are near to mirrored pairs")
 

@@ -9,16 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_range, check_tensor
+from ..checks import check_int, check_tensor
 from ..functional.random import index_tensor, seed_tensor
 from ..schedules import commit_quota
 
 
 def check_count(name: str, value: object, *, at_least: int = 1) -> None:
     """A Python int of at least so many, below 2**31."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    check_range(name, value, at_least, 2**31 - 1)
+    check_int(name, value, at_least, 2**31 - 1)
 
 
 class Decision(NamedTuple):

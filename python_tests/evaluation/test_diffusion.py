@@ -199,6 +199,7 @@ def test_reports_progress_and_serialises(blocks):
     ("options", "message"),
     [
         ({"draws": 0}, "draws must be in .*, got 0"),
+        ({"draws": 1.5}, "draws must be an int, got 1.5"),
         ({"batch_size": 0}, "batch_size must be in .*, got 0"),
         ({"t_min": 0.0}, r"t_min must be in \(0, 1\], got 0.0"),
         ({"times": (0.5, 1.5)}, r"times must be in \(0, 1\], got 1.5"),
@@ -206,7 +207,7 @@ def test_reports_progress_and_serialises(blocks):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_config_rejects(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         EvaluationConfig(**options)
 
 
