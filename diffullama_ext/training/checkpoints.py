@@ -22,6 +22,7 @@ from ..output_folder import flush
 
 MANIFEST = "diffullama.json"
 STAGING = ".saving"
+REPLACED = "replaced-"
 SIGN = ".shared"
 PREFIX = "checkpoint-"
 
@@ -44,13 +45,20 @@ def commit(staged: Path, final: Path, run: dict[str, Any]) -> None:
     for path in (*staged.rglob("*"), staged):
         flush(path)
     if final.exists():
-        final.rename(staged.with_name("replaced"))
+        final.rename(staged.with_name(REPLACED + final.name))
     staged.rename(final)
     flush(final.parent)
 
 
 def clear(output_dir: Path) -> None:
-    """Delete what a killed process left of a checkpoint, or of the sign by which processes see that they share."""
+    """Delete what a killed process left of a checkpoint, or of the sign by which processes see that they share.
+
+    A checkpoint that had lost its name to one that did not get it has it again.
+    """
+    for path in (output_dir / STAGING).glob(f"{REPLACED}*"):
+        final = output_dir / path.name.removeprefix(REPLACED)
+        if not final.exists():
+            path.rename(final)
     shutil.rmtree(output_dir / STAGING, ignore_errors=True)
     (output_dir / SIGN).unlink(missing_ok=True)
 
@@ -73,7 +81,7 @@ def explaining(final: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(final.parent / STAGING, ignore_errors=True)
+        clear(final.parent)
         if isinstance(error, RuntimeError) and "writ" not in str(error):  # the only sign that torch.save gives
             raise
         whole = checkpoints(final.parent)

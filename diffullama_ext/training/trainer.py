@@ -334,7 +334,7 @@ class DiffusionTrainer(Trainer):
         main, staging = self.is_world_process_zero(), out / STAGING
         with explaining(out / name):
             if main:
-                shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+                clear(out)
             self.accelerator.wait_for_everyone()
             self._staging = staging
             try:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from diffullama_ext.objective import ObjectiveConfig
 from diffullama_ext.training import DiffusionTrainer
-from diffullama_ext.training.checkpoints import MANIFEST, STAGING, checkpoints
+from diffullama_ext.training.checkpoints import MANIFEST, STAGING, checkpoints, clear
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 9, "save_total_limit": 2}
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1}  # so that torch's own random state matters
@@ -78,6 +78,31 @@ def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
     (tmp_path / ".shared").touch()
     trained(tmp_path, resume=True, **SAVING)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-8", "checkpoint-9"]
+
+
+@pytest.mark.parametrize("stop", [OSError(errno.EIO, "broken"), KeyboardInterrupt()], ids=["an error", "a kill"])
+def test_a_checkpoint_that_was_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    """Stopped between the two renames: the old one gets its name back, at once or when the run goes on."""
+    settings = SAVING | {"max_steps": 4, "save_steps": 4}
+    trained(tmp_path, **settings)
+    manifest, rename = tmp_path / "checkpoint-4" / MANIFEST, Path.rename
+    inode = manifest.stat().st_ino
+
+    def stopped(path: Path, target: Path) -> Path:
+        if path.name == Path(target).name:  # not of the old one's way back
+            raise stop
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(type(stop)):
+        patch.setattr(Path, "rename", stopped)
+        trained(tmp_path, **settings)
+    if isinstance(stop, KeyboardInterrupt):
+        assert not manifest.exists()
+        clear(tmp_path)
+    assert manifest.stat().st_ino == inode
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 @pytest.mark.slow
