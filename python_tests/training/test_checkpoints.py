@@ -95,8 +95,8 @@ def test_a_checkpoint_that_was_not_replaced(
             raise stop
         return rename(path, target)
 
-    with monkeypatch.context() as patch, pytest.raises(type(stop)):
-        patch.setattr(Path, "rename", stopped)
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(type(stop)):
         trained(tmp_path, **settings)
     if isinstance(stop, KeyboardInterrupt):
         assert not manifest.exists()
