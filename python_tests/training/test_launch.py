@@ -66,6 +66,6 @@ def test_what_fails_on_one_node_ends_all(tmp_path: Path) -> None:
 def test_a_folder_that_a_node_does_not_see(tmp_path: Path) -> None:
     demo_model(tmp_path)
     for code, log in launch_nodes(tmp_path, ["of node 0", "of node 1"]):
-        assert code != 0
+        assert code > 0, log
         assert "output_dir must be on a file system that all nodes see, but 1 of 2 processes do not see" in log
     assert not list(tmp_path.glob("of node *[01]/checkpoint-*"))
