@@ -64,10 +64,11 @@ def run_adaptation(config: AdaptConfig, out: Path, processes: int = 1) -> None:
 
 
 def _end_process_group() -> None:
-    """Threads of gloo end with the group, which ends with its last reference, to be this one.
+    """Of torch, when nothing else holds it any more.
 
-    A thread frees what Python has seen of a collective, for which it waits for the GIL; the group waits for its
-    threads. DDP's wrapper, were it the last, would keep the GIL meanwhile; the interpreter's end is too late.
+    Who drops it last waits for gloo's threads, and they may wait for the GIL, to free what Python has seen of a
+    collective: DDP's wrapper would keep the GIL meanwhile, destroy_process_group gives it up. Threads that outlive the
+    interpreter abort the process.
     """
     import torch
 
