@@ -172,7 +172,9 @@ def test_loggers_get_the_losses(adapting, tmp_path, monkeypatch, name):
     losses, _ = adapting("out", "--report-to", name, "--logging-steps", 1)
     assert len(losses) == 3
     if name == "wandb":
-        importlib.import_module("wandb").finish()  # at the end of the command's own process it is so
+        importlib.import_module(
+            "wandb"
+        ).teardown()  # as at the end of the command's own process; finish() does not wait
         files = list(tmp_path.glob("**/run-*.wandb"))
         assert any(b"attn_mask_ratio" in file.read_bytes() for file in files)
         return
