@@ -77,7 +77,7 @@ def rotate(output_dir: Path, keep: int | None, never: Collection[str]) -> None:
 
 @contextmanager
 def explaining(final: Path) -> Iterator[None]:
-    """A failure to write (a full disk) becomes an OSError that says what is left; nothing of ``final`` is."""
+    """A failure to write (a full disk) becomes an OSError that says what is left; nothing new is."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -172,9 +172,8 @@ def test_loggers_get_the_losses(adapting, tmp_path, monkeypatch, name):
     losses, _ = adapting("out", "--report-to", name, "--logging-steps", 1)
     assert len(losses) == 3
     if name == "wandb":
-        importlib.import_module(
-            "wandb"
-        ).teardown()  # as at the end of the command's own process; finish() does not wait
+        # As at the end of the command's own process. finish() does not wait for the file.
+        importlib.import_module("wandb").teardown()
         files = list(tmp_path.glob("**/run-*.wandb"))
         assert any(b"attn_mask_ratio" in file.read_bytes() for file in files)
         return
